@@ -1,0 +1,147 @@
+"""The one exception root, the table of finding codes, and the finding itself.
+
+Every message that a user can meet carries a stable code from `CODES`. An error stops the verb; a
+finding is part of an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+#: What each code is about: code -> title. Codes are stable across releases.
+CODES: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "FC001": "unknown format",
+        "FC002": "cannot read the source",
+        "FC003": "destination exists",
+        "FC004": "cannot write the destination",
+        "FC005": "destination is the source",
+        "FC006": "options contradict each other",
+        "FC007": "source changed while it was read",
+        "FC008": "internal error",
+        "FC009": "missing dependency",
+        "FC010": "interrupted",
+        "FC101": "malformed header",
+        "FC102": "truncated",
+        "FC103": "byte ranges overlap, leave holes or point outside",
+        "FC104": "duplicate entry",
+        "FC105": "checksum mismatch",
+        "FC106": "malformed archive",
+        "FC107": "index and shards disagree",
+        "FC109": "compressed data expands too far",
+        "FC110": "malformed pickle",
+        "FC111": "limit exceeded",
+        "FC112": "unsupported container",
+        "FC113": "records that nothing refers to",
+        "FC114": "checksum absent",
+        "FC201": "no tensors",
+        "FC202": "two sources for one name",
+        "FC203": "missing tensor",
+        "FC204": "unexpected tensor",
+        "FC205": "shape differs",
+        "FC206": "dtype differs",
+        "FC207": "ambiguous weights",
+        "FC208": "flat parameters",
+        "FC209": "left out",
+        "FC210": "tied tensors",
+        "FC211": "views materialised",
+        "FC301": "bits differ",
+        "FC302": "inexact cast",
+        "FC303": "overflow to infinity in a cast",
+        "FC304": "NaN lost in a cast",
+        "FC305": "dtype not representable",
+        "FC306": "unsupported tensor kind",
+        "FC307": "view expands its storage",
+        "FC308": "non-canonical BOOL bytes",
+        "FC501": "pickle names code that could run",
+        "FC502": "tensor depends on an unknown class",
+        "FC503": "path leaves the folder",
+        "FC504": "files left behind",
+        "FC505": "control characters in a name",
+        "FC506": "unknown classes beside the weights",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One statement about one key (or about the whole input, when `key` is None)."""
+
+    code: str
+    severity: str  # "error", "warning" or "info"
+    detail: str
+    key: str | None = None
+    hint: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What the code is about."""
+        return CODES[self.code]
+
+
+class CkptError(Exception):
+    """The root of everything this package raises on purpose.
+
+    Args:
+        message: one sentence, lower case, naming the value that is wrong.
+        code: a key of `CODES`.
+        where: the file, and the place in it.
+        hint: the next command or edit.
+        key: the tensor or entry at fault.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        where: str | None = None,
+        hint: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        if code not in CODES:
+            raise ValueError(f"unknown finding code {code}")
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.where = where
+        self.hint = hint
+        self.key = key
+
+    def at(self, where: str) -> CkptError:
+        """Name the place, unless it is known already; returns self, to be raised again."""
+        if self.where is None:
+            self.where = where
+        return self
+
+    def as_finding(self) -> Finding:
+        """The same statement as a finding of severity `error`."""
+        return Finding(
+            code=self.code, severity="error", detail=self.message, key=self.key, hint=self.hint
+        )
+
+
+class FormatError(CkptError):
+    """The bytes are not what the format asks for."""
+
+
+class UnsafeError(CkptError):
+    """The file names something that could run code, or reaches outside its folder."""
+
+
+class WriteError(CkptError):
+    """The destination could not be written; nothing that looks complete was left."""
+
+
+def name_some(names: list[str], limit: int = 10) -> str:
+    """Up to `limit` names in backticks, then how many more there are.
+
+    >>> name_some(["a", "b"])
+    '`a`, `b`'
+    """
+    shown = ", ".join(f"`{name}`" for name in names[:limit])
+    more = len(names) - limit
+    return shown if more <= 0 else f"{shown} and {more} more, see --json"

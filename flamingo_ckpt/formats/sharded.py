@@ -1,0 +1,313 @@
+"""Folders of checkpoints: an index and its shards, one file, or shards without an index.
+
+Index and shards are checked against each other both ways. An index is hostile text: a shard is
+named by a plain file name, and lies in the folder (or in the blob store of the hub's cache that the
+folder is a snapshot of).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flamingo_ckpt.errors import CkptError, Finding, FormatError, UnsafeError, name_some
+from flamingo_ckpt.formats.opening import read_source
+from flamingo_ckpt.formats.safetensors import parse_json_object
+from flamingo_ckpt.formats.source import FileSource
+from flamingo_ckpt.tensors import Beside, Manifest, TensorInfo, distinct, escape, has_control
+
+_MAX_INDEX_BYTES = 256 << 20
+# In the order in which transformers looks for them.
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy")
+# Torch files that a training run leaves beside the weights.
+_NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter|trainer_state).*"
+)
+
+
+def open_folder(
+    folder: str, *, wrapper_key: str | None = None, npy_bfloat16: bool = False
+) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        CkptError: FC001 nothing to read, FC207 several candidates; else what its files raise.
+    """
+    options: dict[str, Any] = {"wrapper_key": wrapper_key, "npy_bfloat16": npy_bfloat16}
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CkptError(
+            f"cannot list `{folder}`: {error.strerror}", code="FC002", where=folder
+        ) from error
+    for single, index in zip(_SINGLE_FILES, _INDEXES, strict=True):
+        if single in names and index in names and single not in _shards_named(folder, index):
+            raise CkptError(
+                f"the folder has both `{single}` and `{index}`",
+                code="FC207",
+                where=folder,
+                hint="name the one you mean",
+            )
+        if index in names:
+            return open_index(os.path.join(folder, index), **options)
+        if single in names:
+            return _gather(folder, [single], options)
+    return _gather(folder, _find_unindexed(folder, names), options)
+
+
+def _shards_named(folder: str, index: str) -> set[str]:
+    return set(_read_index(os.path.join(folder, index))[0].values())
+
+
+def open_index(
+    path: str, *, wrapper_key: str | None = None, npy_bfloat16: bool = False
+) -> Manifest:
+    """The manifest of the shards that an index names.
+
+    Raises:
+        FormatError: FC107 where index and shards disagree.
+        UnsafeError: FC503 where a shard lies elsewhere.
+    """
+    weight_map, metadata = _read_index(path)
+    folder = os.path.dirname(path) or "."
+    shards = list(dict.fromkeys(weight_map.values()))
+    options: dict[str, Any] = {"wrapper_key": wrapper_key, "npy_bfloat16": npy_bfloat16}
+    missing = [shard for shard in shards if not os.path.lexists(os.path.join(folder, shard))]
+    if missing:
+        raise FormatError(
+            f"the index names {len(missing)} files that are not there: "
+            f"{name_some([escape(shard) for shard in missing])}",
+            code="FC107",
+            where=path,
+            hint="download or copy the missing shards",
+        )
+    manifest = _gather(folder, shards, options)
+    _cross_check(weight_map, manifest, path)
+    findings = [*manifest.findings, *_check_total(metadata, manifest, path)]
+    return _replace(manifest, uri=path, findings=tuple(findings), index=os.path.basename(path))
+
+
+def _read_index(path: str) -> tuple[dict[str, str], Mapping[str, Any]]:
+    source = FileSource(path)
+    if source.size > _MAX_INDEX_BYTES:
+        raise FormatError("the index is too large", code="FC111", where=path)
+    parsed = parse_json_object(source.read(0, source.size), path)
+    weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(
+            "it is JSON without a `weight_map`: not the index of a checkpoint",
+            code="FC101",
+            where=path,
+        )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise UnsafeError(
+                f"the index puts `{escape(name)}` into `{escape(str(shard))[:200]}`, which is not a "
+                "plain file name",
+                code="FC503",
+                where=path,
+                key=name,
+                hint="an index names files in its own folder and nothing else",
+            )
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _is_plain_name(name: str) -> bool:
+    return (
+        bool(name)
+        and name == os.path.basename(name)
+        and name not in (".", "..")
+        and not any(char in name for char in "\\:%")
+        and not has_control(name)
+    )
+
+
+def _find_unindexed(folder: str, names: list[str]) -> list[str]:
+    """Files to take from a folder without index: one file, or one complete numbered set."""
+    files = [
+        name
+        for name in names
+        if name.endswith(_WEIGHT_SUFFIXES)
+        and not _NOT_WEIGHTS.fullmatch(name)
+        and os.path.isfile(os.path.join(folder, name))
+    ]
+    safetensors = [name for name in files if name.endswith(".safetensors")]
+    files = safetensors or files
+    if not files:
+        raise CkptError(
+            "the folder holds no checkpoint"
+            + (f"; it holds {name_some([escape(name) for name in names])}" if names else ""),
+            code="FC001",
+            where=folder,
+            hint="name the file itself if it has an unusual name",
+        )
+    if len(files) == 1 and not _NUMBERED.fullmatch(files[0]):
+        return files
+    numbered = [match for name in files if (match := _NUMBERED.fullmatch(name))]
+    sets = {(match["stem"], match["count"], match["suffix"]) for match in numbered}
+    if len(numbered) == len(files) and len(sets) == 1:
+        _require_complete(folder, numbered)
+        return files
+    if safetensors and not numbered:
+        return files  # shards by any other name: that no key is in two of them is checked below
+    raise CkptError(
+        f"the folder holds several checkpoints: {name_some([escape(name) for name in files])}",
+        code="FC207",
+        where=folder,
+        hint="name the one you mean",
+    )
+
+
+def _require_complete(folder: str, numbered: list[re.Match[str]]) -> None:
+    count = int(numbered[0]["count"])
+    there = {int(match["number"]) for match in numbered}
+    absent = sorted(set(range(1, min(count, 99_999) + 1)) - there)
+    if absent or len(there) != count:
+        raise FormatError(
+            f"{len(there)} of {count} shards are there; missing: "
+            + ", ".join(map(str, absent[:10])),
+            code="FC107",
+            where=folder,
+            hint="download or copy the missing shards",
+        )
+
+
+def _gather(folder: str, shards: list[str], options: dict[str, Any]) -> Manifest:
+    parts = []
+    for shard in shards:
+        path = os.path.join(folder, shard)
+        _check_contained(folder, path)
+        parts.append((shard, read_source(FileSource(path), **options)))
+    return _merge(folder, parts)
+
+
+def _check_contained(folder: str, path: str) -> None:
+    """A symbolic link may lead within the folder, or into the blobs of the hub cache above it."""
+    real_folder, real = os.path.realpath(folder), os.path.realpath(path)
+    allowed = [real_folder]
+    snapshots = os.path.dirname(real_folder)
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    if not any(os.path.commonpath([root, real]) == root for root in allowed):
+        raise UnsafeError(
+            f"`{escape(os.path.basename(path))}` is a link that leads out of the folder",
+            code="FC503",
+            where=path,
+            hint="copy the file into the folder, or name its target",
+        )
+
+
+def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    findings: list[Finding] = []
+    beside: list[Beside] = []
+    pickle_globals: dict[str, str] = {}
+    for shard, part in parts:
+        for tensor in part.tensors:
+            if tensor.name in tensors:
+                raise FormatError(
+                    f"two shards hold `{escape(tensor.name)}`: `{tensors[tensor.name].file}` and "
+                    f"`{escape(shard)}`",
+                    code="FC202",
+                    where=folder,
+                    key=tensor.name,
+                    hint="remove the stale one, or name the file you mean",
+                )
+            tensors[tensor.name] = _in_file(tensor, shard)
+        for key, value in part.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                findings.append(_conflict(folder, key))
+        findings += part.findings
+        beside += part.beside
+        pickle_globals.update(part.pickle_globals)
+    formats = list(dict.fromkeys(part.format for _, part in parts))
+    if len(formats) > 1:
+        raise FormatError(
+            f"the shards are of different formats: {', '.join(formats)}",
+            code="FC107",
+            where=folder,
+        )
+    return Manifest(
+        uri=folder,
+        format=formats[0],
+        tensors=tuple(tensors.values()),
+        files=tuple((shard, part.files[0][1]) for shard, part in parts),
+        wrapper=parts[0][1].wrapper,
+        metadata=metadata,
+        pickle_globals=pickle_globals,
+        beside=tuple(beside),
+        findings=tuple(findings),
+        details=parts[0][1].details if len(parts) == 1 else {"shards": len(parts)},
+        folder=folder,
+        sources=tuple(source for _, part in parts for source in part.sources),
+        check=lambda: [part.check() for _, part in parts] and None,
+    )
+
+
+def _in_file(tensor: TensorInfo, file: str) -> TensorInfo:
+    from dataclasses import replace
+
+    return replace(tensor, file=file)
+
+
+def _replace(manifest: Manifest, *, uri: str, findings: tuple[Finding, ...], index: str) -> Manifest:
+    from dataclasses import replace
+
+    details = {**manifest.details, "index": index}
+    return replace(manifest, uri=uri, findings=findings, details=details)
+
+
+def _conflict(folder: str, key: str) -> Finding:
+    return Finding(
+        code="FC209",
+        severity="warning",
+        key=key,
+        detail=f"the shards of `{folder}` disagree on the metadata `{escape(key)}`; the first is kept",
+    )
+
+
+def _cross_check(weight_map: Mapping[str, str], manifest: Manifest, path: str) -> None:
+    held = {tensor.name: tensor.file for tensor in manifest.tensors}
+    absent = [name for name, shard in weight_map.items() if held.get(name) != shard]
+    if absent:
+        raise FormatError(
+            f"the index lists {len(absent)} tensors that their shards lack: "
+            f"{name_some([escape(name) for name in absent])}",
+            code="FC107",
+            where=path,
+            key=absent[0],
+            hint="the shards are of another release than the index; download both again",
+        )
+    stored = {tensor.name for tensor in distinct(manifest.tensors)}
+    unlisted = [name for name in held if name not in weight_map and name in stored]
+    if unlisted:
+        raise FormatError(
+            f"the shards hold {len(unlisted)} tensors that the index does not list: "
+            f"{name_some([escape(name) for name in unlisted])}",
+            code="FC107",
+            where=path,
+            key=unlisted[0],
+            hint="the shards are of another release than the index; download both again",
+        )
+
+
+def _check_total(metadata: Mapping[str, Any], manifest: Manifest, path: str) -> list[Finding]:
+    total = metadata.get("total_size")
+    held = sum(tensor.num_bytes for tensor in distinct(manifest.tensors))
+    every = sum(tensor.num_bytes for tensor in manifest.tensors)
+    if total is None or total in (held, every):
+        return []
+    return [
+        Finding(
+            code="FC107",
+            severity="warning",
+            detail=f"the index says {escape(str(total))[:40]} bytes, the shards hold {held}",
+            hint="`convert` writes a right index",
+        )
+    ]
