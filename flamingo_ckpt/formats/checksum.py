@@ -18,3 +18,8 @@ def crc32(data: bytes | bytearray | memoryview, start: int = 0) -> int:
 def new_digest() -> xxhash.xxh3_128:
     """An XXH3-128 in progress, for one tensor's logical bytes."""
     return xxhash.xxh3_128()
+
+
+def crc32_combine(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32 of two runs joined, from the CRC-32 of each."""
+    return int(zlib_ng.crc32_combine(first, second, second_bytes))

@@ -9,10 +9,13 @@ import ast
 import math
 import re
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError
+from flamingo_ckpt.formats.layout import FileLayout, OutTensor
 from flamingo_ckpt.formats.zip_archive import ZipArchive
+from flamingo_ckpt.formats.zip_layout import ZipLayout
 from flamingo_ckpt.tensors import DTYPES, ByteSource, DType, Manifest, Storage, TensorInfo, escape
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -237,3 +240,32 @@ def npy_header(dtype: DType, shape: tuple[int, ...]) -> bytes:
     padding = -(len(NPY_MAGIC) + 4 + len(text) + 1) % 64
     body = text.encode("ascii") + b" " * padding + b"\n"
     return NPY_MAGIC + b"\x01\x00" + struct.pack("<H", len(body)) + body
+
+
+def layout_npz(file: str, tensors: Iterable[OutTensor], *, bfloat16: bool = False) -> FileLayout:
+    """Lay out an uncompressed npz; it knows no sharing, so each tied name gets its own copy.
+
+    Raises:
+        CkptError: FC305 for a dtype that numpy lacks, or bfloat16 without the flag.
+    """
+    archive = ZipLayout()
+    for tensor in tensors:
+        if tensor.dtype.name in _VOID_CODES and not bfloat16:
+            raise CkptError(
+                f"`{escape(tensor.name)}` is {tensor.dtype}, for which numpy has no code",
+                code="FC305",
+                key=tensor.name,
+                hint="`--npy-bfloat16` writes it as 2-byte voids, `--dtype float32` casts it",
+            )
+        try:
+            header = npy_header(tensor.dtype, tensor.shape)
+        except CkptError as error:
+            raise CkptError(
+                f"`{escape(tensor.name)}` is {tensor.dtype}, which npz cannot hold",
+                code="FC305",
+                key=tensor.name,
+                hint="`--format torch` or `--format safetensors` keeps it",
+            ) from error
+        for name in (tensor.name, *tensor.aliases):
+            archive.add(f"{name}.npy", header, tensor=tensor.name, num_bytes=tensor.num_bytes)
+    return archive.lay_out(file)

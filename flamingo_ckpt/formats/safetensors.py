@@ -13,7 +13,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flamingo_ckpt.errors import Finding, FormatError
+from flamingo_ckpt.errors import CkptError, Finding, FormatError
+from flamingo_ckpt.formats.layout import FileLayout, OutTensor
 from flamingo_ckpt.tensors import (
     DTYPES,
     ByteSource,
@@ -318,3 +319,50 @@ def build_header(
     header = struct.pack("<Q", len(text)) + text
     start = len(header)
     return header, {name: start + begin for name, begin in begins.items()}, start + at
+
+
+def layout_safetensors(
+    file: str, tensors: Iterable[OutTensor], metadata: Mapping[str, str]
+) -> FileLayout:
+    """Lay out one safetensors file; tied names go into the metadata.
+
+    Raises:
+        CkptError: FC305 for a dtype that safetensors lacks, FC505 for a name it cannot hold.
+    """
+    tensors = list(tensors)
+    for tensor in tensors:
+        if tensor.dtype.rank is None:
+            raise CkptError(
+                f"`{escape(tensor.name)}` is {tensor.dtype}, which safetensors cannot hold",
+                code="FC305",
+                key=tensor.name,
+                hint="`--format torch` keeps it, `--exclude` leaves it out",
+            )
+        if _METADATA in (tensor.name, *tensor.aliases):
+            raise CkptError(
+                f"`{_METADATA}` cannot be the name of a tensor in safetensors",
+                code="FC505",
+                key=_METADATA,
+                hint="leave it out with --exclude",
+            )
+    aliases = {alias: tensor.name for tensor in tensors for alias in tensor.aliases}
+    fields = dict(metadata)
+    fields.pop(ALIASES_KEY, None)
+    if aliases:
+        fields[ALIASES_KEY] = json.dumps(aliases, sort_keys=True, separators=(",", ":"))
+    header, offsets, size = build_header(
+        ((t.name, t.dtype, t.shape, t.num_bytes) for t in tensors), fields
+    )
+    if len(header) - 8 > MAX_HEADER_BYTES:
+        raise CkptError(
+            f"the header would have {len(header) - 8} bytes, readers accept {MAX_HEADER_BYTES}",
+            code="FC111",
+            hint="write shards: --max-shard-size",
+        )
+    return FileLayout(
+        file=file,
+        num_bytes=size,
+        offsets=offsets,
+        finish=lambda checksums: [(0, header)],
+        copies={},
+    )

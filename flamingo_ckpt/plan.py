@@ -1,0 +1,283 @@
+"""Where formats and layouts meet: every source name is mapped, dropped with a reason, or refused.
+
+A plan is made from headers alone. Running it is the business of `convert` and `verify`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.layouts.prefixes import (
+    describe_prefixes,
+    refuse_flat_parameter,
+    strip_wrappers,
+)
+from flamingo_ckpt.tensors import (
+    DTYPES,
+    DType,
+    Manifest,
+    TensorInfo,
+    escape,
+    has_control,
+)
+
+#: What `--dtype` may name.
+CAST_TARGETS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+#: Distinct views of one storage may together be this many times its size before they are refused.
+MAX_VIEW_TOTAL = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What the user chose; see `cli.md` for the flags of the same names."""
+
+    keep_prefix: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str = "keep"
+    max_expansion: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One tensor of the destination and where it comes from.
+
+    Attributes:
+        source: the stored tensor.
+        name: in the destination.
+        dtype: in the destination; another than the source's means a cast.
+        aliases: further destination names of the same tensor.
+    """
+
+    source: TensorInfo
+    name: str
+    dtype: DType
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the destination."""
+        return self.source.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """In the destination."""
+        return self.source.num_elements * self.dtype.bits // 8
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether values may change."""
+        return self.dtype is not self.source.dtype
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the stored bytes are the destination's bytes."""
+        return not self.is_cast and self.source.is_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """Something of the source that the destination will not hold, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What becomes of every name of a source.
+
+    Attributes:
+        source: the manifest it was made from.
+        steps: one per distinct tensor, in source order.
+        dropped: names and other content that is left out, with reasons.
+        renamed: how many names change.
+        prefix: the wrapper prefixes that are removed, or None.
+        findings: what the user should know.
+    """
+
+    source: Manifest
+    steps: tuple[Step, ...]
+    dropped: tuple[Dropped, ...]
+    renamed: int
+    prefix: str | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_names(self) -> int:
+        """Names in the destination, tied ones included."""
+        return sum(1 + len(step.aliases) for step in self.steps)
+
+    @property
+    def num_bytes(self) -> int:
+        """Tensor bytes in the destination."""
+        return sum(step.num_bytes for step in self.steps)
+
+
+def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
+    """Account for every name.
+
+    Raises:
+        CkptError: FC201 nothing is left, FC202 two tensors for one name, FC208 flat parameters,
+            FC305 a cast that is not defined, FC307 a view that expands, FC505 control characters.
+    """
+    kept, dropped = _select(manifest, options)
+    where = manifest.uri
+    names: dict[str, TensorInfo] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
+    sources: dict[tuple[object, ...], TensorInfo] = {}
+    renamed, removed = 0, set[tuple[str, ...]]()
+    for tensor in kept:
+        _check_name(tensor.name, where)
+        name, parts = _target_name(tensor.name, options.keep_prefix)
+        removed.add(parts)
+        other = names.get(name)
+        if other is not None and other.identity != tensor.identity:
+            raise _collision(name, other, tensor, where)
+        if other is not None:
+            reason = f"the same tensor as `{escape(other.name)}`"
+            dropped.append(Dropped(name=tensor.name, reason=reason))
+            continue
+        names[name] = tensor
+        renamed += name != tensor.name
+        groups.setdefault(tensor.identity, []).append(name)
+        sources.setdefault(tensor.identity, tensor)
+    _check_views(list(sources.values()), options.max_expansion, where)
+    steps = tuple(
+        Step(
+            source=sources[identity],
+            name=first,
+            dtype=_target_dtype(sources[identity], options.dtype, where),
+            aliases=tuple(rest),
+        )
+        for identity, (first, *rest) in groups.items()
+    )
+    dropped += [
+        Dropped(name=item.path, reason=f"beside the weights: {item.kind}")
+        for item in manifest.beside
+    ]
+    return Plan(
+        source=manifest,
+        steps=steps,
+        dropped=tuple(dropped),
+        renamed=renamed,
+        prefix=describe_prefixes(removed),
+        findings=tuple(_tied_findings(steps)),
+    )
+
+
+def _select(manifest: Manifest, options: PlanOptions) -> tuple[list[TensorInfo], list[Dropped]]:
+    kept: list[TensorInfo] = []
+    dropped: list[Dropped] = []
+    for tensor in manifest.tensors:
+        spellings = (tensor.name, strip_wrappers(tensor.name)[0])
+        if options.include and not _matches(spellings, options.include):
+            dropped.append(Dropped(name=tensor.name, reason="not in --include"))
+        elif _matches(spellings, options.exclude):
+            dropped.append(Dropped(name=tensor.name, reason="in --exclude"))
+        else:
+            kept.append(tensor)
+    if not kept:
+        raise CkptError(
+            "no tensor is left to convert"
+            if manifest.tensors
+            else "the file holds no tensors among its weights",
+            code="FC201",
+            where=manifest.uri,
+            hint="`flamingo-ckpt inspect` lists the names" if manifest.tensors else None,
+        )
+    for tensor in kept:
+        refuse_flat_parameter(tensor.name, manifest.uri)
+    return kept, dropped
+
+
+def _matches(spellings: Iterable[str], globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for name in spellings for glob in globs)
+
+
+def _target_name(name: str, keep_prefix: bool) -> tuple[str, tuple[str, ...]]:
+    stripped, removed = strip_wrappers(name)
+    return (name, removed) if keep_prefix else (stripped, removed)
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name or has_control(name):
+        raise CkptError(
+            f"`{escape(name)}` is empty or holds control characters: not a tensor name",
+            code="FC505",
+            where=where,
+            key=name,
+            hint="leave it out with --exclude, or rename it where it was made",
+        )
+
+
+def _collision(name: str, first: TensorInfo, second: TensorInfo, where: str) -> CkptError:
+    return CkptError(
+        f"two source keys map to `{escape(name)}`: `{escape(first.name)}` ({first.describe()}), "
+        f"`{escape(second.name)}` ({second.describe()})",
+        code="FC202",
+        where=where,
+        key=name,
+        hint=f"the file holds two copies; choose one with --exclude '{escape(_exclude_glob(first, second))}'",
+    )
+
+
+def _exclude_glob(first: TensorInfo, second: TensorInfo) -> str:
+    """`module.*` where that removes one of the two, else the longer name itself."""
+    longer, shorter = sorted((first.name, second.name), key=len, reverse=True)
+    glob = longer.split(".")[0] + ".*"
+    return glob if not fnmatch.fnmatchcase(shorter, glob) else longer
+
+
+def _target_dtype(tensor: TensorInfo, wanted: str, where: str) -> DType:
+    if wanted == "keep":
+        return tensor.dtype
+    target = DTYPES[CAST_TARGETS[wanted]]
+    if tensor.dtype.name in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"):
+        raise CkptError(
+            f"`{escape(tensor.name)}` is {tensor.dtype}: its values need their scales, no cast is defined",
+            code="FC305",
+            where=where,
+            key=tensor.name,
+            hint="leave it out with --exclude, or use `--dtype keep`",
+        )
+    return target if tensor.dtype.is_real_float else tensor.dtype
+
+
+def _check_views(tensors: list[TensorInfo], max_expansion: float, where: str) -> None:
+    """Views are written out in full; that must not turn a small file into a huge one."""
+    totals: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.storage is None:
+            continue
+        stored, needed = tensor.storage.num_bytes, tensor.num_bytes
+        total = totals.get(id(tensor.storage), 0) + needed
+        totals[id(tensor.storage)] = total
+        allowed = max(max_expansion, MAX_VIEW_TOTAL) * stored
+        if needed > max_expansion * stored or total > allowed:
+            raise CkptError(
+                f"`{escape(tensor.name)}` ({tensor.describe()}, {needed} bytes) is an expanded view of "
+                f"{stored} stored bytes",
+                code="FC307",
+                where=where,
+                key=tensor.name,
+                hint=f"to write it out in full: --max-expansion {max(needed, total) // max(stored, 1) + 1}",
+            )
+
+
+def _tied_findings(steps: Iterable[Step]) -> list[Finding]:
+    return [
+        Finding(
+            code="FC210",
+            severity="info",
+            key=step.name,
+            detail=f"`{escape(step.name)}` is stored once for "
+            + ", ".join(f"`{escape(alias)}`" for alias in step.aliases),
+            data={"aliases": list(step.aliases)},
+        )
+        for step in steps
+        if step.aliases
+    ]

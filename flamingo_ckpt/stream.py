@@ -1,0 +1,235 @@
+"""Run the steps of a plan over bytes: a few threads, bounded blocks, checks on the way.
+
+The same derivation of a tensor's bytes serves `convert` (which writes them) and `verify` (which
+compares them). Source checksums are checked in the same pass wherever a tensor is its whole storage.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flamingo_ckpt.errors import CkptError, Finding, WriteError
+from flamingo_ckpt.formats.cast import CastCounts, cast_block
+from flamingo_ckpt.formats.checksum import crc32, new_digest
+from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc, read_blocks, read_whole_crc
+from flamingo_ckpt.plan import Step
+from flamingo_ckpt.tensors import Storage, TensorInfo, escape
+
+#: Called with the number of bytes just done; from several threads.
+OnBytes = Callable[[int], None]
+# A tensor that begins this far into its storage still covers it, but for a header (npz).
+_MAX_STORAGE_HEAD = 16 << 10
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+@dataclass(slots=True)
+class Derived:
+    """What was learned while a step's bytes went by.
+
+    Attributes:
+        crc32: of the destination bytes; None when nobody asked.
+        xxh3_128: of the destination bytes, hexadecimal.
+        counts: of the cast, if there was one.
+        noncanonical_bools: BOOL bytes that are neither 0 nor 1; kept as they are.
+    """
+
+    crc32: int | None = None
+    xxh3_128: str = ""
+    counts: CastCounts = field(default_factory=CastCounts)
+    noncanonical_bools: int = 0
+
+
+def default_threads() -> int:
+    """Two to four: more only make the disk seek."""
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+class Stopped(Exception):
+    """Another task of the same run failed; this one gave up. Never leaves this module."""
+
+
+def run_tasks(
+    tasks: Iterable[_Task],
+    work: Callable[[_Task, bytearray, threading.Event], _Result],
+    num_threads: int | None = None,
+) -> list[_Result]:
+    """Run `work` over every task; the first error stops the rest and is raised.
+
+    Each thread has one buffer of `BLOCK_BYTES`, so memory does not grow with the tasks.
+    """
+    ordered = list(tasks)
+    stop = threading.Event()
+    local = threading.local()
+
+    def call(task: _Task) -> _Result:
+        if stop.is_set():
+            raise Stopped
+        if not hasattr(local, "buffer"):
+            local.buffer = bytearray(BLOCK_BYTES)
+        try:
+            return work(task, local.buffer, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(num_threads or default_threads()) as pool:
+        futures = [pool.submit(call, task) for task in ordered]
+        try:
+            for future in futures:
+                error = future.exception()
+                if error is not None and not isinstance(error, Stopped):
+                    raise error
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def derive(
+    step: Step,
+    buffer: bytearray,
+    derived: Derived,
+    *,
+    want_crc: bool = False,
+    want_digest: bool = False,
+) -> Iterator[memoryview]:
+    """Yield the destination bytes of a step in order, and fill in `derived` at the end.
+
+    Raises:
+        FormatError: FC105 where the source's checksum does not fit, FC102 where it is short.
+    """
+    storage = step.source.storage
+    on_the_way = _covers(step.source) and storage is not None and storage.crc32 is not None
+    source_crc = _head_crc(step.source) if on_the_way else 0
+    # For a plain copy of a whole storage one checksum serves both sides.
+    shared = step.is_copy and on_the_way and step.source.offset_bytes == 0
+    crc, digest = 0, new_digest()
+    for block in read_blocks(step.source, buffer):
+        if on_the_way:
+            source_crc = crc32(block, source_crc)
+        if step.dtype.name == "BOOL":
+            derived.noncanonical_bools += len(block) - block.tobytes().translate(_ONE_TO_ZERO).count(0)
+        out = cast_block(block, step.source.dtype, step.dtype, derived.counts) if step.is_cast else block
+        if want_crc and not shared:
+            crc = crc32(out, crc)
+        if want_digest:
+            digest.update(out)
+        yield out
+    if on_the_way and storage is not None and storage.crc32 is not None:
+        check_crc(storage.crc32, source_crc, storage.where)
+    derived.crc32 = source_crc if shared else crc
+    derived.xxh3_128 = digest.hexdigest()
+
+
+_ONE_TO_ZERO = bytes([0, 0, *range(2, 256)])
+
+
+def _covers(tensor: TensorInfo) -> bool:
+    """Whether reading the tensor reads its whole storage in order, but for a small head."""
+    if tensor.storage is None or tensor.num_bytes == 0:
+        return False
+    plain = tensor.is_plain
+    end = tensor.offset_bytes + tensor.num_bytes
+    return plain and end == tensor.storage.num_bytes and tensor.offset_bytes <= _MAX_STORAGE_HEAD
+
+
+def _head_crc(tensor: TensorInfo) -> int:
+    if tensor.storage is None or tensor.offset_bytes == 0:
+        return 0
+    source, base = tensor.storage.locate()
+    return crc32(source.read(base, tensor.offset_bytes))
+
+
+def unchecked_storages(steps: Iterable[Step]) -> list[Storage]:
+    """Storages with a checksum that no step covers whole: they need a pass of their own."""
+    wanted: dict[int, Storage] = {}
+    covered: set[int] = set()
+    for step in steps:
+        storage = step.source.storage
+        if storage is None or storage.crc32 is None:
+            continue
+        wanted[id(storage)] = storage
+        if _covers(step.source):
+            covered.add(id(storage))
+    return [storage for key, storage in wanted.items() if key not in covered]
+
+
+def check_storages(storages: Sequence[Storage], on_bytes: OnBytes) -> None:
+    """Check the CRC-32 of whole storages. Raises FC105 naming the first that is damaged."""
+
+    def work(storage: Storage, buffer: bytearray, stop: threading.Event) -> None:
+        if storage.crc32 is not None:
+            check_crc(storage.crc32, read_whole_crc(storage, buffer), storage.where)
+        on_bytes(storage.num_bytes)
+
+    run_tasks(storages, work)
+
+
+def largest_first(steps: Iterable[Step]) -> list[Step]:
+    """So that no thread is left with the largest tensor at the end."""
+    return sorted(steps, key=lambda step: -step.num_bytes)
+
+
+def write_at(fd: int, block: memoryview, offset: int) -> None:
+    """All of `block` at `offset`."""
+    while block:
+        written = os.pwrite(fd, block, offset)
+        if written == 0:
+            raise WriteError("the system wrote nothing", code="FC004")
+        block, offset = block[written:], offset + written
+
+
+def cast_findings(step: Step, derived: Derived) -> list[Finding]:
+    """What a cast or a copy of one tensor has to say."""
+    counts, name = derived.counts, escape(step.name)
+    found: list[Finding] = []
+
+    def add(code: str, severity: str, detail: str, hint: str | None = None) -> None:
+        found.append(
+            Finding(code=code, severity=severity, key=step.name, detail=detail, hint=hint)
+        )
+
+    if counts.overflowed:
+        add(
+            "FC303",
+            "error",
+            f"`{name}`: {counts.overflowed} of {counts.elements} values became infinite as {step.dtype}",
+            "bfloat16 has the range of float32; or keep the dtype: `--dtype keep`",
+        )
+    if counts.nan_lost:
+        add("FC304", "error", f"`{name}`: {counts.nan_lost} NaN values became numbers")
+    if counts.inexact:
+        add(
+            "FC302",
+            "info",
+            f"`{name}`: {counts.inexact} of {counts.elements} values were rounded from "
+            f"{step.source.dtype} to {step.dtype}, {counts.underflowed} of them to zero",
+        )
+    if derived.noncanonical_bools:
+        add(
+            "FC308",
+            "warning",
+            f"`{name}`: {derived.noncanonical_bools} BOOL bytes are neither 0 nor 1; they are kept",
+        )
+    return found
+
+
+__all__ = [
+    "CkptError",
+    "Derived",
+    "OnBytes",
+    "cast_findings",
+    "check_storages",
+    "derive",
+    "largest_first",
+    "run_tasks",
+    "unchecked_storages",
+    "write_at",
+]

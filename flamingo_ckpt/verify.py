@@ -1,0 +1,315 @@
+"""Is the destination the faithful image of the source? Every tensor is derived again and compared.
+
+dtype, shape and bytes: a NaN equals only the same NaN, and -0 is not 0. Memory is bounded; the first
+differing element is named.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.formats.cast import CastCounts
+from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
+from flamingo_ckpt.plan import Plan, Step
+from flamingo_ckpt.stream import (
+    Derived,
+    OnBytes,
+    cast_findings,
+    check_storages,
+    derive,
+    largest_first,
+    run_tasks,
+    unchecked_storages,
+)
+from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo, distinct, escape, format_shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Where two tensors of the same dtype and shape first differ.
+
+    Attributes:
+        num_different: elements whose bits differ.
+        index: of the first, in row-major order, as a tuple.
+        expected: its bits in the derived tensor, hexadecimal, most significant digit first.
+        found: its bits in the destination.
+    """
+
+    num_different: int
+    index: tuple[int, ...]
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyResult:
+    """The comparison of every name.
+
+    Attributes:
+        bit_exact: names equal to the source's own bits.
+        cast: names equal to the cast of the source's values.
+        different, missing, unexpected: names.
+        findings: one per name that is not equal, and one per inexact cast.
+        digests: XXH3-128 of each derived tensor, by its first name.
+    """
+
+    bit_exact: tuple[str, ...]
+    cast: tuple[str, ...]
+    different: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    digests: Mapping[str, str]
+
+    @property
+    def is_faithful(self) -> bool:
+        """Whether every name is there, nothing else is, and all bits are as derived."""
+        return not (self.different or self.missing or self.unexpected)
+
+
+def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> VerifyResult:
+    """Compare a destination with what a plan derives from its source.
+
+    Args:
+        plan: from the source, with the options that the conversion had.
+        dst: the destination as it is.
+        on_bytes: told of the destination bytes that have been compared, from several threads.
+
+    Raises:
+        CkptError: where either side cannot be read, or fails its checksum.
+    """
+    there = dst.by_name()
+    names = {name for step in plan.steps for name in (step.name, *step.aliases)}
+    missing = [name for name in names if name not in there]
+    unexpected = [name for name in there if name not in names]
+    findings = [*_missing(plan, missing, there), *_unexpected(plan, unexpected, there)]
+    check_storages(unchecked_storages(plan.steps), lambda _: None)
+    check_storages(unchecked_storages(_as_steps(dst)), lambda _: None)
+    pairs = [
+        (step, tensor)
+        for step in largest_first(plan.steps)
+        for tensor in _counterparts(step, there)
+    ]
+
+    def work(
+        pair: tuple[Step, TensorInfo], buffer: bytearray, stop: threading.Event
+    ) -> tuple[Step, TensorInfo, Derived, Finding | None]:
+        step, tensor = pair
+        derived = Derived()
+        finding = _header_difference(step, tensor)
+        if finding is None:
+            found = _compare(step, tensor, buffer, derived, on_bytes, stop)
+            finding = found and _bits_differ(step, tensor, found)
+        return step, tensor, derived, finding
+
+    good: dict[str, bool] = {}
+    digests: dict[str, str] = {}
+    for step, tensor, derived, finding in run_tasks(pairs, work):
+        group = [
+            name
+            for name in (step.name, *step.aliases)
+            if name in there and there[name].identity == tensor.identity
+        ]
+        good |= dict.fromkeys(group, finding is None)
+        digests.setdefault(step.name, derived.xxh3_128)
+        if finding is not None:
+            findings.append(finding)
+        elif step.is_cast:
+            findings += [item for item in cast_findings(step, derived) if item.code == "FC302"]
+    casts = {name for step in plan.steps if step.is_cast for name in (step.name, *step.aliases)}
+    order = [name for step in plan.steps for name in (step.name, *step.aliases) if name in there]
+    return VerifyResult(
+        bit_exact=tuple(name for name in order if good[name] and name not in casts),
+        cast=tuple(name for name in order if good[name] and name in casts),
+        different=tuple(name for name in order if not good[name]),
+        missing=tuple(sorted(missing)),
+        unexpected=tuple(unexpected),
+        findings=tuple(findings),
+        digests=digests,
+    )
+
+
+def _as_steps(manifest: Manifest) -> list[Step]:
+    return [
+        Step(source=tensor, name=tensor.name, dtype=tensor.dtype) for tensor in manifest.tensors
+    ]
+
+
+def _counterparts(step: Step, there: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The distinct destination tensors of a step: one, unless its tied names were untied."""
+    return distinct(there[name] for name in (step.name, *step.aliases) if name in there)
+
+
+def _header_difference(step: Step, tensor: TensorInfo) -> Finding | None:
+    name = escape(tensor.name)
+    if tensor.shape != step.shape:
+        return Finding(
+            code="FC205",
+            severity="error",
+            key=tensor.name,
+            detail=f"`{name}`: the shape should be {format_shape(step.shape)}, it is "
+            f"{format_shape(tensor.shape)}",
+            data={"expected": list(step.shape), "found": list(tensor.shape)},
+        )
+    if tensor.dtype is not step.dtype:
+        wanted = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(tensor.dtype.name)
+        return Finding(
+            code="FC206",
+            severity="error",
+            key=tensor.name,
+            detail=f"`{name}`: the dtype should be {step.dtype}, it is {tensor.dtype}",
+            hint=f"if it was cast on purpose: --dtype {wanted}" if wanted else None,
+            data={"expected": step.dtype.name, "found": tensor.dtype.name},
+        )
+    return None
+
+
+def _compare(
+    step: Step,
+    tensor: TensorInfo,
+    buffer: bytearray,
+    derived: Derived,
+    on_bytes: OnBytes,
+    stop: threading.Event,
+) -> Difference | None:
+    """Compare the derived bytes with the stored ones, in blocks of whatever sizes come."""
+    stored = derive(_identity(tensor), bytearray(BLOCK_BYTES), Derived())
+    have = memoryview(b"")
+    difference: Difference | None = None
+    at = 0
+    for want in derive(step, buffer, derived, want_digest=True):
+        while want:
+            if not have:
+                have = next(stored)
+            size = min(len(want), len(have))
+            ours, theirs = want[:size], have[:size]
+            # bytes compare with memcmp; a memoryview compares item by item
+            if ours.tobytes() != theirs.tobytes():
+                difference = _locate(step, ours, theirs, at, difference)
+            want, have, at = want[size:], have[size:], at + size
+            on_bytes(size)
+        if stop.is_set():
+            return difference
+    for _ in stored:  # runs the checksum of the destination to its end
+        pass
+    return difference
+
+
+def _identity(tensor: TensorInfo) -> Step:
+    return Step(source=tensor, name=tensor.name, dtype=tensor.dtype)
+
+
+def _locate(
+    step: Step, ours: memoryview, theirs: memoryview, at: int, before: Difference | None
+) -> Difference:
+    """Count the differing elements of two blocks, and describe the first of all."""
+    import numpy
+
+    width = max(step.dtype.bits // 8, 1)
+    differs = numpy.frombuffer(ours, dtype=f"V{width}") != numpy.frombuffer(
+        theirs, dtype=f"V{width}"
+    )
+    count = int(differs.sum())
+    if before is not None:
+        return Difference(
+            num_different=before.num_different + count,
+            index=before.index,
+            expected=before.expected,
+            found=before.found,
+        )
+    first = int(differs.argmax())
+    piece = slice(first * width, (first + 1) * width)
+    return Difference(
+        num_different=count,
+        index=_unravel(at // width + first, step.shape) if step.dtype.bits >= 8 else (at + first,),
+        expected=bytes(ours[piece])[::-1].hex(),
+        found=bytes(theirs[piece])[::-1].hex(),
+    )
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, size)
+        index.append(rest)
+    return tuple(reversed(index))
+
+
+def _bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
+    place = ", ".join(map(str, found.index))
+    ours, theirs = (_readable(bits, step) for bits in (found.expected, found.found))
+    return Finding(
+        code="FC301",
+        severity="error",
+        key=tensor.name,
+        detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.source.num_elements} elements "
+        f"differ, first at [{place}]: {ours} expected, {theirs} found",
+        data={
+            "num_elements_different": found.num_different,
+            "first_index": list(found.index),
+            "expected_bits": found.expected,
+            "found_bits": found.found,
+        },
+    )
+
+
+def _readable(bits: str, step: Step) -> str:
+    """`0.5 (0x3f000000)` where the dtype widens to a float, else the bits."""
+    from flamingo_ckpt.formats.cast import cast_block
+
+    if not step.dtype.is_real_float:
+        return f"0x{bits}"
+    raw = memoryview(bytes.fromhex(bits)[::-1])
+    wide = cast_block(raw, step.dtype, DTYPES["F64"], CastCounts())
+    return f"{wide.cast('d')[0]!r} (0x{bits})"
+
+
+def _missing(
+    plan: Plan, names: list[str], there: Mapping[str, TensorInfo]
+) -> list[Finding]:
+    hint = None
+    if any(step.source.name != step.name and step.source.name in there for step in plan.steps):
+        hint = "the destination has the names as stored in the source: --keep-prefix"
+    sources = {name: step for step in plan.steps for name in (step.name, *step.aliases)}
+    return [
+        Finding(
+            code="FC203",
+            severity="error",
+            key=name,
+            detail=f"`{escape(name)}` ({sources[name].source.describe()}) is not in the destination",
+            hint=hint,
+        )
+        for name in sorted(names)
+    ]
+
+
+def _unexpected(
+    plan: Plan, names: list[str], there: Mapping[str, TensorInfo]
+) -> list[Finding]:
+    left_out = {item.name for item in plan.dropped}
+    return [
+        Finding(
+            code="FC204",
+            severity="error",
+            key=name,
+            detail=f"`{escape(name)}` ({there[name].describe()}) is in the destination and the source "
+            "does not give it",
+            hint="the source has it, and these options leave it out" if name in left_out else None,
+        )
+        for name in names
+    ]
+
+
+def summary_of(result: VerifyResult) -> dict[str, Any]:
+    """The counts of the JSON report."""
+    return {
+        "bit_exact": len(result.bit_exact),
+        "cast": len(result.cast),
+        "different": len(result.different),
+        "missing": len(result.missing),
+        "unexpected": len(result.unexpected),
+    }
