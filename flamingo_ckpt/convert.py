@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from flamingo_ckpt import __version__
-from flamingo_ckpt.errors import CkptError, Finding, WriteError, name_some
+from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.folder import WEIGHT_FILES, FolderFiles, sort_files
 from flamingo_ckpt.formats.layout import FileLayout, OutTensor
@@ -20,6 +23,7 @@ from flamingo_ckpt.formats.staging import (
     staged_file,
     staged_folder,
     sync_folder,
+    write_all,
     write_synced,
 )
 from flamingo_ckpt.plan import Plan, Step
@@ -32,11 +36,12 @@ from flamingo_ckpt.stream import (
     largest_first,
     run_tasks,
     unchecked_storages,
-    write_at,
 )
 from flamingo_ckpt.tensors import Manifest, escape
 
-#: Format names of the command line -> (single file name, shard stem, index name).
+#: Called with the path of the staged file or folder; raises where it is not what it should be.
+ReadBack = Callable[[str], None]
+#: What `--format` may name.
 FORMATS = ("safetensors", "torch", "npz")
 _SUFFIX_FORMATS = {
     ".safetensors": "safetensors",
@@ -308,64 +313,107 @@ def _kept(manifest: Manifest, dst: str) -> list[str]:
 
 
 def run_convert(
-    plan: Plan, write: WritePlan, options: ConvertOptions, on_bytes: OnBytes = lambda _: None
+    plan: Plan,
+    write: WritePlan,
+    options: ConvertOptions,
+    *,
+    on_bytes: OnBytes = lambda _: None,
+    read_back: ReadBack | None = None,
 ) -> ConvertResult:
-    """Write the destination and put it in place.
+    """Write the destination beside its place, read it back, and move it there.
 
     Args:
         plan: what becomes of every tensor.
         write: from `plan_write`.
         options: the same as for `plan_write`.
         on_bytes: told of progress, from several threads.
+        read_back: compares the staged result with the source and raises where they differ; then
+            nothing is put in place. It runs while the system writes the files to disk.
 
     Raises:
         CkptError: a damaged, short or changing source.
         WriteError: FC003, FC004.
     """
-    check_space(os.path.dirname(os.path.abspath(write.dst)), write.num_bytes, write.dst)
+    parent = os.path.dirname(os.path.abspath(write.dst))
+    check_replaceable(write.dst, overwrite=options.overwrite, folder=write.is_folder)
+    check_space(parent, write.num_bytes, write.dst)
     check_storages(unchecked_storages(plan.steps), lambda _: None)
-    steps = {step.name: step for step in plan.steps}
-    derived: dict[str, Derived] = {}
-    if write.is_folder:
-        with staged_folder(
-            write.dst, overwrite=options.overwrite, keep=list(write.kept)
-        ) as staging:
-            for layout in write.layouts:
-                path = os.path.join(staging, layout.file)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                try:
-                    derived |= _write_file(fd, layout, steps, on_bytes)
-                finally:
-                    os.close(fd)
-            _record_digest(staging, plan, write, derived, options)
-            for layout in write.layouts:
-                _sync_file(os.path.join(staging, layout.file))
-            _copy_files(plan.source.folder or "", staging, write.copied)
-            if write.index is not None:
-                write_synced(os.path.join(staging, write.index[0]), write.index[1])
-            _check_unchanged(plan.source)
-    else:
-        with staged_file(write.dst, overwrite=options.overwrite) as staging:
-            fd = os.open(staging, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                derived |= _write_file(fd, write.layouts[0], steps, on_bytes)
-            finally:
-                os.close(fd)
-            _record_digest(None, plan, write, derived, options, staging)
-            _check_unchanged(plan.source)
-    files = [(layout.file, layout.num_bytes) for layout in write.layouts]
-    if write.index is not None:
-        files.append((write.index[0], len(write.index[1])))
-    files += [
-        (name, os.path.getsize(os.path.join(write.dst, name))) for name in write.copied
-    ]
-    findings = [*_losses(plan, derived), *_omissions(plan, write, options)]
+    run = _run_folder if write.is_folder else _run_file
+    derived = run(plan, write, options, on_bytes, read_back)
+    files = planned_files(plan, write)
+    findings = [*_losses(plan, derived), *omissions(plan, write, options)]
     return ConvertResult(
         plan=plan, write=write, files=tuple(files), derived=derived, findings=tuple(findings)
     )
 
 
+def _run_file(
+    plan: Plan,
+    write: WritePlan,
+    options: ConvertOptions,
+    on_bytes: OnBytes,
+    read_back: ReadBack | None,
+) -> dict[str, Derived]:
+    steps = {step.name: step for step in plan.steps}
+    with staged_file(write.dst, overwrite=options.overwrite) as staging:
+        derived = _write_file(staging, write.layouts[0], steps, on_bytes)
+        if options.record_source and write.format == "safetensors":
+            _record_digest(staging, write.layouts[0], source_digest(plan, derived))
+        with _syncing([staging]):
+            if read_back is not None:
+                read_back(staging)
+        _check_unchanged(plan.source)
+    return derived
+
+
+def _run_folder(
+    plan: Plan,
+    write: WritePlan,
+    options: ConvertOptions,
+    on_bytes: OnBytes,
+    read_back: ReadBack | None,
+) -> dict[str, Derived]:
+    steps = {step.name: step for step in plan.steps}
+    derived: dict[str, Derived] = {}
+    with staged_folder(write.dst, overwrite=options.overwrite, keep=list(write.kept)) as staging:
+        paths = [os.path.join(staging, layout.file) for layout in write.layouts]
+        for path, layout in zip(paths, write.layouts, strict=True):
+            derived |= _write_file(path, layout, steps, on_bytes)
+        if options.record_source and write.format == "safetensors":
+            for path, layout in zip(paths, write.layouts, strict=True):
+                _record_digest(path, layout, source_digest(plan, derived))
+        with _syncing(paths):
+            if read_back is not None:
+                read_back(staging)
+        _copy_files(plan.source.folder or "", staging, write.copied)
+        if write.index is not None:
+            write_synced(os.path.join(staging, write.index[0]), write.index[1])
+            # Headers only: the index must fit the shards that were just written.
+            open_checkpoint(staging, npy_bfloat16=True)
+        _check_unchanged(plan.source)
+    return derived
+
+
+@contextmanager
+def _syncing(paths: list[str]) -> Iterator[None]:
+    """Let the system write the files to disk while the body runs; leave when it has."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lambda: [_sync_file(path) for path in paths])
+        yield
+        done.result()
+
+
 def _write_file(
+    path: str, layout: FileLayout, steps: Mapping[str, Step], on_bytes: OnBytes
+) -> dict[str, Derived]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        return _fill_file(fd, layout, steps, on_bytes)
+    finally:
+        os.close(fd)
+
+
+def _fill_file(
     fd: int, layout: FileLayout, steps: Mapping[str, Step], on_bytes: OnBytes
 ) -> dict[str, Derived]:
     os.ftruncate(fd, layout.num_bytes)
@@ -378,7 +426,7 @@ def _write_file(
             step, buffer, derived, want_crc=layout.needs_crc, want_digest=True
         ):
             for place in places:
-                write_at(fd, block, place + at)
+                write_all(fd, block, place + at)
             at += len(block)
             on_bytes(len(block))
             if stop.is_set():
@@ -389,7 +437,7 @@ def _write_file(
     derived = dict(run_tasks(mine, work))
     checksums = {name: one.crc32 or 0 for name, one in derived.items()}
     for offset, data in layout.finish(checksums):
-        write_at(fd, memoryview(data), offset)
+        write_all(fd, memoryview(data), offset)
     return derived
 
 
@@ -402,27 +450,15 @@ def source_digest(plan: Plan, derived: Mapping[str, Derived]) -> str:
     return f"xxh3-128:{digest.hexdigest()}"
 
 
-def _record_digest(
-    staging: str | None,
-    plan: Plan,
-    write: WritePlan,
-    derived: Mapping[str, Derived],
-    options: ConvertOptions,
-    file: str | None = None,
-) -> None:
+def _record_digest(path: str, layout: FileLayout, digest: str) -> None:
     """Put the digest where its placeholder stands: it is as long, so nothing moves."""
-    if not options.record_source or write.format != "safetensors":
-        return
-    value = source_digest(plan, derived).encode("ascii")
-    for layout in write.layouts:
-        ((_, header),) = layout.finish({})
+    ((_, header),) = layout.finish({})
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
         at = header.index(_DIGEST_PLACEHOLDER.encode("ascii"))
-        path = file or os.path.join(staging or "", layout.file)
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            write_at(fd, memoryview(value), at)
-        finally:
-            os.close(fd)
+        write_all(fd, memoryview(digest.encode("ascii")), at)
+    finally:
+        os.close(fd)
 
 
 def _sync_file(path: str) -> None:
@@ -455,7 +491,7 @@ def _losses(plan: Plan, derived: Mapping[str, Derived]) -> list[Finding]:
     ]
 
 
-def _omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Finding]:
+def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Finding]:
     """What the destination lacks of the source, one finding each."""
     found = [
         Finding(
@@ -491,28 +527,25 @@ def _omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fi
     return found
 
 
-def summary_of(result: ConvertResult, verified: int | None) -> dict[str, Any]:
-    """The counts of the JSON report."""
+def summary_of(plan: Plan, files: Sequence[tuple[str, int]], verified: int) -> dict[str, Any]:
+    """The counts of the JSON report; the same for a dry run."""
     return {
-        "num_tensors": result.plan.num_names,
-        "num_bytes": result.plan.num_bytes,
-        "renamed": result.plan.renamed,
+        "num_tensors": plan.num_names,
+        "num_bytes": plan.num_bytes,
+        "renamed": plan.renamed,
         "transformed": 0,
-        "cast": sum(step.is_cast for step in result.plan.steps),
-        "dropped": len(result.plan.dropped),
+        "cast": sum(step.is_cast for step in plan.steps),
+        "dropped": len(plan.dropped),
         "expected_absent": 0,
-        "verified": verified or 0,
-        "files": [{"path": name, "num_bytes": size} for name, size in result.files],
+        "verified": verified,
+        "files": [{"path": name, "num_bytes": size} for name, size in files],
     }
 
 
-__all__ = [
-    "ConvertOptions",
-    "ConvertResult",
-    "WriteError",
-    "WritePlan",
-    "plan_write",
-    "run_convert",
-    "source_digest",
-    "summary_of",
-]
+def planned_files(plan: Plan, write: WritePlan) -> list[tuple[str, int]]:
+    """(name, size) of every file that a run would write."""
+    files = [(layout.file, layout.num_bytes) for layout in write.layouts]
+    if write.index is not None:
+        files.append((write.index[0], len(write.index[1])))
+    folder = plan.source.folder or ""
+    return files + [(name, os.path.getsize(os.path.join(folder, name))) for name in write.copied]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flamingo_ckpt.errors import CkptError, Finding, WriteError
+from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.formats.checksum import crc32, new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc, read_blocks, read_whole_crc
@@ -177,15 +177,6 @@ def largest_first(steps: Iterable[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -step.num_bytes)
 
 
-def write_at(fd: int, block: memoryview, offset: int) -> None:
-    """All of `block` at `offset`."""
-    while block:
-        written = os.pwrite(fd, block, offset)
-        if written == 0:
-            raise WriteError("the system wrote nothing", code="FC004")
-        block, offset = block[written:], offset + written
-
-
 def cast_findings(step: Step, derived: Derived) -> list[Finding]:
     """What a cast or a copy of one tensor has to say."""
     counts, name = derived.counts, escape(step.name)
@@ -220,16 +211,3 @@ def cast_findings(step: Step, derived: Derived) -> list[Finding]:
         )
     return found
 
-
-__all__ = [
-    "CkptError",
-    "Derived",
-    "OnBytes",
-    "cast_findings",
-    "check_storages",
-    "derive",
-    "largest_first",
-    "run_tasks",
-    "unchecked_storages",
-    "write_at",
-]

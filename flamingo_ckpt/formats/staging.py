@@ -137,12 +137,28 @@ def write_synced(path: str, data: bytes) -> None:
     """A small new file, synced."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        write_all(fd, memoryview(data), 0)
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_at_path(path: str, data: bytes) -> None:
+    """Into an existing file, such as a staged one."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        write_all(fd, memoryview(data), 0)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, block: memoryview, offset: int) -> None:
+    """All of `block` at `offset`, however often the system has to be asked."""
+    while block:
+        written = os.pwrite(fd, block, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the system wrote nothing")
+        block, offset = block[written:], offset + written
 
 
 def check_space(folder: str, num_bytes: int, dst: str) -> None:

@@ -1,0 +1,189 @@
+"""`flamingo-ckpt convert SRC DST`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flamingo_ckpt.cli.options import ByteSize, mapping_options, verb
+from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.report.document import Report, describe_input
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.convert import ConvertOptions, WritePlan
+    from flamingo_ckpt.plan import Plan
+
+EPILOG = """\b
+Examples:
+  flamingo-ckpt convert checkpoint.pt out/
+  flamingo-ckpt convert checkpoint.pt model.safetensors --exclude 'perceiver.*'
+  flamingo-ckpt convert bin-release/ st-release/ --max-shard-size 2GB
+  flamingo-ckpt convert model.safetensors back.pt
+  flamingo-ckpt convert checkpoint.pt half/ --dtype bfloat16 --dry-run
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Write a checkpoint in another format.")
+@click.argument("src")
+@click.argument("dst")
+@click.option(
+    "--format",
+    type=click.Choice(["safetensors", "torch", "npz"]),
+    help="Of the destination. Default: by the suffix of DST, safetensors for a folder.",
+)
+@mapping_options
+@click.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    metavar="SIZE",
+    help="Split a folder's weights into files of at most SIZE. Default: 5GB.",
+)
+@click.option("--copy-code", is_flag=True, help="Take .py files and pickles of a folder along.")
+@click.option(
+    "--record-source",
+    is_flag=True,
+    help="Write a digest of the content and the tool's version into the metadata.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing DST, atomically.")
+@click.option(
+    "--verify/--no-verify",
+    "wants_verify",
+    default=True,
+    help="Read the result back and compare it with SRC before it is put in place. Default: on.",
+)
+@verb
+def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:
+    """Write SRC to DST in another format, streaming, with every key accounted for.
+
+    DST ending in .safetensors, .pt, .pth, .bin or .npz is one file; anything else is a folder.
+    Wrapper prefixes (`module.` and its like) are removed. Nothing is put in place before it has been
+    read back and compared with SRC bit for bit.
+    """
+    from flamingo_ckpt.convert import (
+        ConvertOptions,
+        choose_format,
+        omissions,
+        plan_write,
+        planned_files,
+        summary_of,
+    )
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.plan import PlanOptions, make_plan
+
+    choose_format(chosen["dst"], chosen["format"])
+    manifest = open_checkpoint(
+        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
+    )
+    plan = make_plan(
+        manifest,
+        PlanOptions(
+            keep_prefix=chosen["keep_prefix"],
+            include=chosen["include"],
+            exclude=chosen["exclude"],
+            dtype=chosen["dtype"],
+            max_expansion=chosen["max_expansion"],
+        ),
+    )
+    options = ConvertOptions(
+        format=chosen["format"],
+        max_shard_bytes=chosen["max_shard_size"],
+        overwrite=chosen["overwrite"],
+        copy_code=chosen["copy_code"],
+        npy_bfloat16=chosen["npy_bfloat16"],
+        record_source=chosen["record_source"],
+    )
+    write = plan_write(plan, chosen["dst"], options)
+    extra: dict[str, Any] = {
+        "dst": chosen["dst"],
+        "format": write.format,
+        "is_folder": write.is_folder,
+        "prefix": plan.prefix if plan.renamed else None,
+        "dtype": chosen["dtype"],
+        "dry_run": chosen["dry_run"],
+        "verified": chosen["wants_verify"] and not chosen["dry_run"],
+    }
+    findings = [*manifest.findings, *plan.findings]
+    if chosen["dry_run"]:
+        findings += omissions(plan, write, options)
+        extra["plan"] = _plan_rows(plan)
+        summary = summary_of(plan, planned_files(plan, write), 0)
+    else:
+        summary = _run(plan, write, options, chosen["wants_verify"], out, findings, extra)
+    lossy = any(finding.severity == "error" for finding in findings)
+    return Report(
+        command="convert",
+        argv=argv,
+        verdict="fail" if lossy else "pass",
+        exit_code=1 if lossy else 0,
+        inputs=(describe_input(manifest, plan.prefix),),
+        summary=summary,
+        findings=tuple(findings),
+        duration_seconds=time.monotonic() - started,
+        extra=extra,
+    )
+
+
+def _run(
+    plan: Plan,
+    write: WritePlan,
+    options: ConvertOptions,
+    wants_verify: bool,
+    out: Output,
+    findings: list[Any],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Write, read back, put in place; fills `findings` and returns the summary."""
+    from flamingo_ckpt.convert import run_convert, source_digest, summary_of
+    from flamingo_ckpt.errors import CkptError, name_some
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.verify import verify
+
+    verified = 0
+    phases = [("writing", plan.num_bytes)]
+    if wants_verify:
+        phases.append(("verifying", plan.num_bytes))
+    with out.progress_bar(phases) as progress:
+
+        def read_back(staging: str) -> None:
+            nonlocal verified
+            written = open_checkpoint(staging, npy_bfloat16=True)
+            result = verify(plan, written, progress.phase("verifying"))
+            if not result.is_faithful:
+                wrong = [*result.different, *result.missing, *result.unexpected]
+                raise CkptError(
+                    f"{len(wrong)} tensors read back differ from the source: {name_some(wrong)}",
+                    code="FC301",
+                    where=write.dst,
+                    key=wrong[0],
+                    hint="nothing was put in place; the disk or the memory of this machine may be bad",
+                )
+            verified = len(result.bit_exact) + len(result.cast)
+
+        result = run_convert(
+            plan,
+            write,
+            options,
+            on_bytes=progress.phase("writing"),
+            read_back=read_back if wants_verify else None,
+        )
+    findings += result.findings
+    extra["source_digest"] = source_digest(plan, result.derived)
+    return summary_of(plan, result.files, verified)
+
+
+def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "source": step.source.name,
+            "dtype": step.dtype.name,
+            "shape": list(step.shape),
+            "num_bytes": step.num_bytes,
+            "cast": step.is_cast,
+        }
+        for step in plan.steps
+        for name in (step.name, *step.aliases)
+    ]

@@ -1,0 +1,141 @@
+"""The entry point: parse, run, and map every way of ending to its exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import click
+
+from flamingo_ckpt import __version__
+from flamingo_ckpt.cli.output import Output, error_report
+from flamingo_ckpt.errors import CkptError
+
+#: verb -> module under `flamingo_ckpt.cli`; imported only when it is asked for.
+VERBS = ("inspect", "convert", "verify")
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; raised so that staging is cleaned up on the way out."""
+
+
+class _Verbs(click.Group):
+    """Verbs, imported lazily: `--help` must not wait for what it does not need."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"flamingo_ckpt.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 good answer, 1 bad answer, 2 no answer, 3 incomplete, 130/143 interrupted.",
+)
+@click.version_option(__version__, prog_name="flamingo-ckpt")
+def cli() -> None:
+    """Convert and verify checkpoints of Flamingo-family models.
+
+    Every key accounted for, bits compared as bits, no pickle ever executed.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Prints, never raises."""
+    arguments = tuple(argv)
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader went away; nothing more can be said, and nothing needs to be.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.UsageError as error:
+        return _failed(arguments, _usage(error), EXIT_ERROR)
+    except click.ClickException as error:
+        return _failed(arguments, CkptError(error.format_message(), code="FC006"), EXIT_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        return _failed(arguments, _interrupted("interrupted"), EXIT_INTERRUPTED)
+    except _Terminated:
+        return _failed(arguments, _interrupted("terminated"), EXIT_TERMINATED)
+    except CkptError as error:  # only with --debug: the verb itself handles it otherwise
+        traceback.print_exc()
+        return _failed(arguments, error, EXIT_ERROR)
+    except MemoryError:
+        return _failed(arguments, CkptError("out of memory", code="FC008"), EXIT_ERROR)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _failed(arguments, _internal(error), EXIT_ERROR)
+
+
+def _invoke(arguments: tuple[str, ...]) -> int:
+    with cli.make_context("flamingo-ckpt", list(arguments)) as context:
+        context.meta["argv"] = arguments
+        code = cli.invoke(context)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: click.UsageError) -> CkptError:
+    name = error.ctx.command_path if error.ctx else "flamingo-ckpt"
+    return CkptError(
+        error.format_message().rstrip("."), code="FC006", hint=f"`{name} --help` shows the usage"
+    )
+
+
+def _interrupted(word: str) -> CkptError:
+    return CkptError(
+        f"{word}; nothing was put in place",
+        code="FC010",
+        hint="run the same command again to start over",
+    )
+
+
+def _internal(error: Exception) -> CkptError:
+    return CkptError(
+        f"internal error: {type(error).__name__}: {error}",
+        code="FC008",
+        hint="run again with --debug and report the traceback",
+    )
+
+
+def _failed(arguments: tuple[str, ...], error: CkptError, exit_code: int) -> int:
+    """Say it as the command line asked, as far as that can be told from it."""
+    command = next((word for word in arguments if word in VERBS), "")
+    out = Output(json="--json" in arguments)
+    try:
+        out.emit(error_report(error, command, arguments, exit_code, 0.0), error.where)
+    except BrokenPipeError:
+        pass
+    return exit_code
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> Any:
+    raise _Terminated
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

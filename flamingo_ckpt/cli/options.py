@@ -1,0 +1,141 @@
+"""Options that verbs share, and the wrapper that turns a verb's body into an exit code."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from flamingo_ckpt.cli.output import Output, error_report
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.report.document import Report
+
+Verb = Callable[..., Report]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+class ByteSize(click.ParamType[int]):
+    """`5GB` (decimal), `500MiB` (binary) or a number of bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Bytes, at least one."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None or float(match[1]) * unit < 1:
+            self.fail(f"{value!r} is not a size like 5GB or 500MiB", param, ctx)
+        return int(float(match[1]) * unit)
+
+
+_SHARED = (
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option(
+        "--output",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Write the report to FILE too (.json or .md).",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Answer by the exit code alone."),
+    click.option("-v", "--verbose", is_flag=True, help="List everything, fold nothing away."),
+    click.option(
+        "--color",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        help="Colour; auto means on a terminal, unless NO_COLOR is set.",
+    ),
+    click.option("--no-progress", is_flag=True, help="No progress bars."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
+
+
+def verb(function: Verb) -> Callable[..., int]:
+    """Add the shared options; the body returns a report, the command an exit code."""
+
+    @functools.wraps(function)
+    def command(
+        *,
+        as_json: bool,
+        output: str | None,
+        quiet: bool,
+        verbose: bool,
+        color: str,
+        no_progress: bool,
+        debug: bool,
+        **options: Any,
+    ) -> int:
+        out = Output(
+            json=as_json,
+            output=output,
+            quiet=quiet,
+            verbose=verbose,
+            color=color,
+            progress=not no_progress,
+            debug=debug,
+        )
+        context = click.get_current_context()
+        context.find_root().meta["output"] = out
+        argv = context.find_root().meta.get("argv", ())
+        started = time.monotonic()
+        try:
+            out.check()
+            report = function(out=out, argv=argv, started=started, **options)
+        except CkptError as error:
+            if debug:
+                raise
+            seconds = time.monotonic() - started
+            report = error_report(error, context.info_name or "", argv, 2, seconds)
+            out.emit(report, error.where)
+            return report.exit_code
+        out.emit(report)
+        return report.exit_code
+
+    return functools.reduce(lambda inner, option: option(inner), reversed(_SHARED), command)
+
+
+wrapper_key = click.option(
+    "--wrapper-key", metavar="KEY", help="Take the weights under this key of a torch file."
+)
+npy_bfloat16 = click.option(
+    "--npy-bfloat16", is_flag=True, help="2-byte elements without a type in numpy files are bfloat16."
+)
+
+
+def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What decides the names and dtypes of the destination; the same for `convert` and `verify`."""
+    options = (
+        wrapper_key,
+        npy_bfloat16,
+        click.option("--keep-prefix", is_flag=True, help="Keep `module.` and its like."),
+        click.option(
+            "--include", multiple=True, metavar="GLOB", help="Take only these names. Repeatable."
+        ),
+        click.option(
+            "--exclude", multiple=True, metavar="GLOB", help="Leave these names out. Repeatable."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+            default="keep",
+            show_default=True,
+            help="Cast real floating-point tensors.",
+        ),
+        click.option(
+            "--max-expansion",
+            type=click.FloatRange(min=1),
+            default=1.0,
+            metavar="RATIO",
+            help="Write out views up to this many times their stored bytes. Default: 1.",
+        ),
+    )
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), function)

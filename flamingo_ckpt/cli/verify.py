@@ -1,0 +1,65 @@
+"""`flamingo-ckpt verify SRC DST`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from flamingo_ckpt.cli.options import mapping_options, verb
+from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.report.document import Report, describe_input
+
+EPILOG = """\b
+Examples:
+  flamingo-ckpt verify checkpoint.pt out/
+  flamingo-ckpt verify checkpoint.pt half/ --dtype bfloat16
+  flamingo-ckpt verify checkpoint.pt out/ --json --output verify.md
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Is DST the faithful image of SRC.")
+@click.argument("src")
+@click.argument("dst")
+@mapping_options
+@verb
+def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:
+    """Derive every tensor again from SRC and compare it with DST: dtype, shape and bits.
+
+    Give the options that the conversion had. Exit 0 when DST is faithful, 1 when it is not, 2 when
+    either side cannot be read.
+    """
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
+    from flamingo_ckpt.plan import PlanOptions, make_plan
+    from flamingo_ckpt.verify import summary_of
+    from flamingo_ckpt.verify import verify as compare
+
+    manifest = open_checkpoint(
+        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
+    )
+    plan = make_plan(
+        manifest,
+        PlanOptions(
+            keep_prefix=chosen["keep_prefix"],
+            include=chosen["include"],
+            exclude=chosen["exclude"],
+            dtype=chosen["dtype"],
+            max_expansion=chosen["max_expansion"],
+        ),
+    )
+    written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
+    with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
+        result = compare(plan, written, progress.phase("verifying"))
+    prefix = describe_prefixes({strip_wrappers(t.name)[1] for t in written.tensors})
+    return Report(
+        command="verify",
+        argv=argv,
+        verdict="pass" if result.is_faithful else "fail",
+        exit_code=0 if result.is_faithful else 1,
+        inputs=(describe_input(manifest, plan.prefix), describe_input(written, prefix)),
+        summary=summary_of(result),
+        findings=(*manifest.findings, *result.findings),
+        duration_seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,94 @@
+"""The report every verb gives: data first, renderings of it after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flamingo_ckpt import __version__
+from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.tensors import Manifest, distinct
+
+SCHEMA_VERSION = "1.0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a verb found, ready to be rendered.
+
+    Attributes:
+        command: the verb.
+        argv: as given.
+        verdict: `pass`, `fail`, `error` or `incomplete`.
+        exit_code: what the process ends with.
+        inputs: one mapping per source, from `describe_input`.
+        summary: counts.
+        findings: statements, one per key.
+        extra: further top-level fields.
+    """
+
+    command: str
+    argv: tuple[str, ...]
+    verdict: str
+    exit_code: int
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    duration_seconds: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_input(manifest: Manifest, prefix: str | None) -> dict[str, Any]:
+    """The `inputs[]` entry of a manifest. Layout detection does not exist yet: `layout` is null."""
+    return {
+        "uri": manifest.uri,
+        "format": manifest.format,
+        "layout": None,
+        "prefix": prefix,
+        "wrapper": manifest.wrapper,
+        "num_tensors": len(manifest.tensors),
+        "num_bytes": sum(tensor.num_bytes for tensor in distinct(manifest.tensors)),
+    }
+
+
+def to_document(report: Report) -> dict[str, Any]:
+    """The one JSON document of a verb; see the contract in the README."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "flamingo-ckpt", "version": __version__},
+        "command": {"name": report.command, "argv": list(report.argv)},
+        "verdict": report.verdict,
+        "exit_code": report.exit_code,
+        "inputs": [dict(one) for one in report.inputs],
+        "summary": plain(report.summary),
+        "findings": [_finding(finding) for finding in report.findings],
+        "duration_seconds": round(report.duration_seconds, 3),
+        **{key: plain(value) for key, value in report.extra.items()},
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    entry = {
+        "code": finding.code,
+        "severity": finding.severity,
+        "title": finding.title,
+        "key": finding.key,
+        "detail": finding.detail,
+        "hint": finding.hint,
+    }
+    if finding.data:
+        entry["data"] = plain(finding.data)
+    return entry
+
+
+def plain(value: Any) -> Any:
+    """JSON values only: numbers that JSON lacks become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,51 @@
+"""Reports as Markdown, for pull requests and release notes."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from flamingo_ckpt.report.document import Report
+from flamingo_ckpt.tensors import escape
+
+_WORDS = {"pass": "passed", "fail": "failed", "error": "error", "incomplete": "incomplete"}
+
+
+def to_markdown(report: Report) -> str:
+    """Headline, inputs, counts and every finding as tables; hostile text is escaped."""
+    lines = [f"# flamingo-ckpt {report.command}: {_WORDS[report.verdict]}", ""]
+    lines += ["`" + _code("flamingo-ckpt " + " ".join(report.argv)) + "`", ""]
+    if report.inputs:
+        columns = ("uri", "format", "wrapper", "prefix", "num_tensors", "num_bytes")
+        lines += _table(columns, ([one[name] for name in columns] for one in report.inputs))
+    if report.summary:
+        counts = [(name, value) for name, value in report.summary.items() if name != "files"]
+        lines += _table(("count", "value"), counts)
+        files = report.summary.get("files")
+        if files:
+            rows = [(one["path"], one["num_bytes"]) for one in files]
+            lines += _table(("file", "bytes"), rows)
+    if report.findings:
+        rows = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
+        lines += _table(("severity", "code", "key", "detail", "hint"), rows)
+    return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    text = html.escape(escape(text), quote=False)
+    for char in "\\|*_[]":
+        text = text.replace(char, "\\" + char)
+    return text
+
+
+def _code(text: str) -> str:
+    return html.escape(escape(text), quote=False).replace("`", "'")

@@ -1,0 +1,221 @@
+"""Reports as text for people. Hostile strings are escaped here, every symbol has a word beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.report.document import Report
+from flamingo_ckpt.report.fold import fold
+from flamingo_ckpt.tensors import escape, format_shape
+
+_MAX_LISTED = 10
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Decimal units, as disks and the hub count.
+
+    >>> format_bytes(4188067327)
+    '4.19 GB'
+    """
+    value, unit = float(num_bytes), 0
+    while value >= 999.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{num_bytes} B" if unit == 0 else f"{value:.3g} {_UNITS[unit]}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 tensor`, `334 tensors`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def render(report: Report, *, verbose: bool = False) -> list[str]:
+    """The lines of a report that has an answer (errors are rendered by `render_error`)."""
+    lines = [_input_line(one) for one in report.inputs]
+    body = {"inspect": _inspect, "convert": _convert, "verify": _verify}[report.command]
+    lines += body(report, verbose)
+    lines += _findings(report.findings, verbose)
+    return lines
+
+
+def render_error(finding: Finding, where: str | None) -> list[str]:
+    """`error:`, the place, and the way on."""
+    lines = [f"error: {finding.detail}"]
+    if where:
+        lines.append(f"  --> {escape(where)}")
+    if finding.hint:
+        lines.append(f"hint: {finding.hint}")
+    return lines
+
+
+def _input_line(one: Mapping[str, Any]) -> str:
+    parts = [
+        escape(one["uri"]),
+        format_bytes(one["num_bytes"]),
+        one["format"],
+        count(one["num_tensors"], "tensor"),
+    ]
+    if one["wrapper"]:
+        parts.append(f"under `{escape(one['wrapper'])}`")
+    if one["prefix"]:
+        parts.append(f"prefix `{one['prefix']}`")
+    return "   ".join(parts)
+
+
+def _inspect(report: Report, verbose: bool) -> list[str]:
+    extra = report.extra
+    lines = [""]
+    lines += _tensor_rows(extra["tensors"])
+    lines.append("")
+    summary = report.summary
+    dtypes = ", ".join(f"{name} {number}" for name, number in summary["dtypes"].items())
+    lines.append(
+        f"total      {count(summary['num_tensors'], 'tensor')}, {summary['num_parameters']} parameters, "
+        f"{format_bytes(summary['num_bytes'])}; by dtype: {dtypes or 'none'}"
+    )
+    for group in _some(extra["tied"], verbose):
+        lines.append("tied       " + " = ".join(f"`{escape(name)}`" for name in group))
+    if len(extra["files"]) > 1:
+        lines.append(f"files      {len(extra['files'])}, " + _span(extra["files"]))
+    for item in _some(extra["beside"], verbose):
+        holds = f", {count(item['num_tensors'], 'tensor')} in it" if item["num_tensors"] else ""
+        lines.append(f"beside     {escape(item['path'])}: {escape(item['kind'])}{holds}")
+    if len(extra["beside"]) > _MAX_LISTED and not verbose:
+        lines.append(f"           and {len(extra['beside']) - _MAX_LISTED} more, see -v")
+    if extra["metadata"]:
+        for key, value in extra["metadata"].items():
+            shown = escape(value[:100]) + ("..." if len(value) > 100 else "")
+            lines.append(f"metadata   {escape(key)}: {shown}")
+    if extra["pickle_globals"]:
+        lines += _globals(extra["pickle_globals"])
+    return lines
+
+
+def _globals(names: Mapping[str, str]) -> list[str]:
+    known = [name for name, kind in names.items() if kind == "table"]
+    inert = [name for name, kind in names.items() if kind != "table"]
+    lines = [f"pickle     {count(len(names), 'global')}; known: " + _listed(known)]
+    if inert:
+        lines.append("           inert, never built: " + _listed(inert))
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(escape(name) for name in names[:_MAX_LISTED])
+    more = len(names) - _MAX_LISTED
+    return (shown or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    entries = [(t["name"], (t["dtype"], tuple(t["shape"]), t["num_bytes"])) for t in tensors]
+    table = []
+    for row in fold(entries):
+        dtype, shape, num_bytes = row.facts  # type: ignore[misc]
+        times = f"x{row.count}" if row.count > 1 else ""
+        table.append(
+            (escape(row.pattern()), times, dtype, format_shape(shape), format_bytes(num_bytes * row.count))
+        )
+    widths = [min(max((len(line[i]) for line in table), default=0), 90) for i in range(4)]
+    return [
+        "  "
+        + "  ".join(
+            (
+                line[0].ljust(widths[0]),
+                line[1].rjust(widths[1]),
+                line[2].ljust(widths[2]),
+                line[3].ljust(widths[3]),
+                line[4],
+            )
+        ).rstrip()
+        for line in table
+    ]
+
+
+def _span(files: Sequence[Mapping[str, Any]]) -> str:
+    return f"`{escape(files[0]['path'])}` to `{escape(files[-1]['path'])}`"
+
+
+def _convert(report: Report, verbose: bool) -> list[str]:
+    summary, extra = report.summary, report.extra
+    lines = []
+    prefix = extra["prefix"]
+    what = [f"{summary['renamed']} renamed ({prefix} removed)" if summary["renamed"] else "names kept"]
+    what.append(f"{summary['cast']} cast to {extra['dtype']}" if summary["cast"] else "no cast")
+    lines.append(
+        f"plan       {count(summary['num_tensors'], 'tensor')}, {format_bytes(summary['num_bytes'])} "
+        f"as {extra['format']}; " + ", ".join(what)
+    )
+    verb = "would write" if extra["dry_run"] else "wrote"
+    for file in _some(summary["files"], verbose):
+        lines.append(
+            f"{verb:<10} {escape(_joined(extra['dst'], file['path'], extra['is_folder']))}   "
+            f"{format_bytes(file['num_bytes'])}"
+        )
+    if len(summary["files"]) > _MAX_LISTED and not verbose:
+        lines.append(f"           and {len(summary['files']) - _MAX_LISTED} more files, see -v")
+    if extra["dry_run"]:
+        lines += ["", *_tensor_rows(extra["plan"]), "", "nothing written (--dry-run)"]
+    elif extra["verified"]:
+        lines.append(
+            f"verified   {summary['verified']}/{summary['num_tensors']} tensors read back and compared "
+            "with the source bit for bit" + (" after the cast" if summary["cast"] else "")
+        )
+    else:
+        lines.append("verified   not run (--no-verify)")
+    return lines
+
+
+def _joined(dst: str, name: str, is_folder: bool) -> str:
+    return f"{dst.rstrip('/')}/{name}" if is_folder else dst
+
+
+def _verify(report: Report, verbose: bool) -> list[str]:
+    summary = report.summary
+    total = sum(summary[name] for name in ("bit_exact", "cast", "different", "missing"))
+    rows = [
+        ("bit-exact", summary["bit_exact"]),
+        ("cast", summary["cast"]),
+        ("different", summary["different"]),
+        ("missing", summary["missing"]),
+        ("unexpected", summary["unexpected"]),
+    ]
+    lines = [f"{count(total, 'tensor')} derived again from the source"]
+    lines += [f"  {name:<11}{number}" for name, number in rows if number or name == "bit-exact"]
+    lines.append(
+        "faithful: every tensor is there, bit for bit"
+        if report.verdict == "pass"
+        else "not faithful"
+    )
+    return lines
+
+
+def _findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
+    """Errors and warnings one by one, the informative ones counted by kind unless asked for."""
+    lines: list[str] = []
+    for severity in ("error", "warning"):
+        found = [finding for finding in findings if finding.severity == severity]
+        for finding in _some(found, verbose):
+            lines.append(f"{severity} {finding.code}  {finding.detail}")
+            if finding.hint:
+                lines.append(f"  hint: {finding.hint}")
+        if len(found) > _MAX_LISTED and not verbose:
+            lines.append(f"and {len(found) - _MAX_LISTED} more {severity}s, see --json")
+    notes: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.severity == "info":
+            notes.setdefault(finding.code, []).append(finding)
+    for group in notes.values():
+        if verbose or len(group) <= 3:
+            lines += [f"note {finding.code}  {finding.detail}" for finding in group]
+            continue
+        names = _listed([f"`{escape(f.key)}`" if f.key else f.detail for f in group[:3]])
+        lines.append(
+            f"note {group[0].code}  {group[0].title}: {names} and {len(group) - 3} more, see -v or --json"
+        )
+    return lines
+
+
+def _some(items: Sequence[Any], verbose: bool) -> Sequence[Any]:
+    return items if verbose else items[:_MAX_LISTED]
