@@ -1,4 +1,4 @@
-"""Carry a checkpoint into another format: plan, stream, sync, put in place, read back."""
+"""Carry a checkpoint into another format: plan, stream, sync, read back, put in place."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ckpt import __version__
-from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.checksum import new_digest
-from flamingo_ckpt.formats.folder import WEIGHT_FILES, FolderFiles, sort_files
-from flamingo_ckpt.formats.layout import FileLayout, OutTensor
+from flamingo_ckpt.formats.layout import FileLayout
 from flamingo_ckpt.formats.staging import (
     check_replaceable,
     check_space,
@@ -37,71 +35,29 @@ from flamingo_ckpt.stream import (
     run_tasks,
     unchecked_storages,
 )
-from flamingo_ckpt.tensors import Manifest, escape
+from flamingo_ckpt.tensors import Manifest
+from flamingo_ckpt.write_plan import (
+    DIGEST_PLACEHOLDER,
+    ConvertOptions,
+    WritePlan,
+    omissions,
+    plan_write,
+    planned_files,
+)
+
+__all__ = [
+    "ConvertOptions",
+    "ConvertResult",
+    "ReadBack",
+    "WritePlan",
+    "plan_write",
+    "run_convert",
+    "source_digest",
+    "summary_of",
+]
 
 #: Called with the path of the staged file or folder; raises where it is not what it should be.
 ReadBack = Callable[[str], None]
-#: What `--format` may name.
-FORMATS = ("safetensors", "torch", "npz")
-_SUFFIX_FORMATS = {
-    ".safetensors": "safetensors",
-    ".pt": "torch",
-    ".pth": "torch",
-    ".bin": "torch",
-    ".npz": "npz",
-}
-_FOLDER_NAMES = {
-    "safetensors": ("model", ".safetensors"),
-    "torch": ("pytorch_model", ".bin"),
-    "npz": ("model", ".npz"),
-}
-#: The hub's own limit before files are split, and what makes upload hashing parallel.
-DEFAULT_SHARD_BYTES = 5_000_000_000
-DIGEST_KEY = "flamingo_ckpt.source_digest"
-VERSION_KEY = "flamingo_ckpt.version"
-_DIGEST_PLACEHOLDER = "xxh3-128:" + "0" * 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertOptions:
-    """How to write; see `cli.md` for the flags of the same names."""
-
-    format: str | None = None
-    max_shard_bytes: int | None = None
-    overwrite: bool = False
-    copy_code: bool = False
-    npy_bfloat16: bool = False
-    record_source: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WritePlan:
-    """Every file of the destination, before a byte is written.
-
-    Attributes:
-        dst: the destination.
-        format: `safetensors`, `torch` or `npz`.
-        is_folder: whether `dst` is a folder.
-        layouts: one per weight file.
-        index: name and content of the index, where there are shards.
-        files: what goes along from the source folder.
-        copied: the relative names of those that are copied.
-        kept: names in an existing destination folder that stay.
-    """
-
-    dst: str
-    format: str
-    is_folder: bool
-    layouts: tuple[FileLayout, ...]
-    index: tuple[str, bytes] | None
-    files: FolderFiles
-    copied: tuple[str, ...]
-    kept: tuple[str, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all weight files."""
-        return sum(layout.num_bytes for layout in self.layouts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,197 +75,6 @@ class ConvertResult:
     files: tuple[tuple[str, int], ...]
     derived: Mapping[str, Derived]
     findings: tuple[Finding, ...]
-
-
-def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
-    """Decide every file and offset of the destination.
-
-    Raises:
-        CkptError: FC006 contradicting options, FC305 a dtype the format lacks.
-        WriteError: FC003 to FC005.
-    """
-    format, is_folder = choose_format(dst, options.format)
-    if options.max_shard_bytes is not None and (not is_folder or format == "npz"):
-        raise CkptError(
-            "--max-shard-size needs a folder as destination, in safetensors or torch format",
-            code="FC006",
-            hint="give a destination without a file suffix",
-        )
-    check_replaceable(dst, overwrite=options.overwrite, folder=is_folder)
-    _refuse_same(plan.source, dst, is_folder)
-    limit = options.max_shard_bytes or (DEFAULT_SHARD_BYTES if format != "npz" else None)
-    shards = split_shards(plan.steps, limit if is_folder else None)
-    names = _file_names(dst, format, is_folder, len(shards))
-    metadata = _metadata(plan, options)
-    layouts = tuple(
-        _lay_out(format, name, shard, metadata, options)
-        for name, shard in zip(names, shards, strict=True)
-    )
-    files = FolderFiles(carried=(), code=(), left=())
-    if is_folder and plan.source.folder is not None:
-        files = sort_files(plan.source.folder, _weight_files(plan.source))
-    copied = (*files.carried, *(files.code if options.copy_code else ()))
-    return WritePlan(
-        dst=dst,
-        format=format,
-        is_folder=is_folder,
-        layouts=layouts,
-        index=_index(format, names, shards) if len(shards) > 1 else None,
-        files=files,
-        copied=copied,
-        kept=tuple(_kept(plan.source, dst)) if is_folder else (),
-    )
-
-
-def choose_format(dst: str, wanted: str | None) -> tuple[str, bool]:
-    """(format, whether the destination is a folder) from the suffix and `--format`."""
-    suffix = os.path.splitext(dst)[1].lower()
-    by_suffix = _SUFFIX_FORMATS.get(suffix)
-    if dst.endswith("/") or by_suffix is None:
-        return wanted or "safetensors", True
-    if wanted is not None and wanted != by_suffix:
-        raise CkptError(
-            f"`{dst}` ends in `{suffix}`, which is {by_suffix}, and --format says {wanted}",
-            code="FC006",
-            hint="make them agree, or leave --format out",
-        )
-    return by_suffix, False
-
-
-def split_shards(steps: tuple[Step, ...], limit: int | None) -> list[list[Step]]:
-    """Fill shards in order up to `limit` bytes; a larger tensor gets a shard of its own."""
-    if limit is None:
-        return [list(steps)]
-    shards: list[list[Step]] = [[]]
-    filled = 0
-    for step in steps:
-        if shards[-1] and filled + step.num_bytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(step)
-        filled += step.num_bytes
-    return shards
-
-
-def _file_names(dst: str, format: str, is_folder: bool, count: int) -> list[str]:
-    if not is_folder:
-        return [os.path.basename(dst)]
-    stem, suffix = _FOLDER_NAMES[format]
-    if count == 1:
-        return [stem + suffix]
-    return [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
-
-
-def _lay_out(
-    format: str,
-    name: str,
-    shard: list[Step],
-    metadata: Mapping[str, str],
-    options: ConvertOptions,
-) -> FileLayout:
-    tensors = [
-        OutTensor(
-            name=step.name,
-            dtype=step.dtype,
-            shape=step.shape,
-            num_bytes=step.num_bytes,
-            aliases=step.aliases,
-        )
-        for step in shard
-    ]
-    if format == "torch":
-        from flamingo_ckpt.formats.torch_writer import layout_torch
-
-        return layout_torch(name, tensors)
-    if format == "npz":
-        from flamingo_ckpt.formats.npz import layout_npz
-
-        return layout_npz(name, tensors, bfloat16=options.npy_bfloat16)
-    from flamingo_ckpt.formats.safetensors import layout_safetensors
-
-    return layout_safetensors(name, tensors, metadata)
-
-
-def _metadata(plan: Plan, options: ConvertOptions) -> dict[str, str]:
-    """Strings for the header: those of a safetensors source, and ours where asked for."""
-    from flamingo_ckpt.formats.safetensors import ALIASES_KEY
-
-    names = {tensor.name for tensor in plan.source.tensors}
-    metadata = {
-        key: value
-        for key, value in plan.source.metadata.items()
-        # `alias: name` entries of safetensors' `save_model` are written again in our own way
-        if key != ALIASES_KEY and not (key in names and value in names)
-    }
-    metadata.setdefault("format", "pt")
-    if options.record_source:
-        metadata[DIGEST_KEY] = _DIGEST_PLACEHOLDER
-        metadata[VERSION_KEY] = __version__
-    return metadata
-
-
-def _index(format: str, names: list[str], shards: list[list[Step]]) -> tuple[str, bytes]:
-    steps = [step for shard in shards for step in shard]
-    content = {
-        "metadata": {
-            "total_parameters": sum(step.source.num_elements for step in steps),
-            "total_size": sum(step.num_bytes for step in steps),
-        },
-        "weight_map": {
-            name: file
-            for file, shard in zip(names, shards, strict=True)
-            for step in shard
-            # torch shards hold the tied names themselves; safetensors shards only record them
-            for name in (step.name, *(step.aliases if format == "torch" else ()))
-        },
-    }
-    stem, suffix = _FOLDER_NAMES[format]
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    return f"{stem}{suffix}.index.json", text.encode("utf-8")
-
-
-def _weight_files(manifest: Manifest) -> set[str]:
-    index = manifest.details.get("index")
-    return {name for name, _ in manifest.files} | ({index} if isinstance(index, str) else set())
-
-
-def _refuse_same(manifest: Manifest, dst: str, is_folder: bool) -> None:
-    """The destination must not be the source, nor make one of its files disappear."""
-    folder = manifest.folder
-    sources = [
-        os.path.join(folder, name) if folder is not None else name for name, _ in manifest.files
-    ]
-    same = CkptError(
-        f"`{dst}` is the source itself",
-        code="FC005",
-        where=dst,
-        hint="name another destination",
-    )
-    if not os.path.exists(dst):
-        return
-    if any(os.path.samefile(dst, source) for source in [*sources, *([folder] if folder else [])]):
-        raise same
-    if is_folder:
-        inside = [
-            source
-            for source in sources
-            if os.path.realpath(os.path.dirname(source) or ".") == os.path.realpath(dst)
-            and WEIGHT_FILES.fullmatch(os.path.basename(source))
-        ]
-        if inside:
-            raise CkptError(
-                f"the source `{inside[0]}` lies in `{dst}` and would be replaced",
-                code="FC005",
-                where=dst,
-                hint="name another destination",
-            )
-
-
-def _kept(manifest: Manifest, dst: str) -> list[str]:
-    """What stays in a folder that is replaced: everything that no checkpoint writer made."""
-    if not os.path.isdir(dst):
-        return []
-    return sorted(name for name in os.listdir(dst) if not WEIGHT_FILES.fullmatch(name))
 
 
 def run_convert(
@@ -398,9 +163,10 @@ def _run_folder(
 def _syncing(paths: list[str]) -> Iterator[None]:
     """Let the system write the files to disk while the body runs; leave when it has."""
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(lambda: [_sync_file(path) for path in paths])
+        pending = [pool.submit(_sync_file, path) for path in paths]
         yield
-        done.result()
+        for done in pending:
+            done.result()
 
 
 def _write_file(
@@ -422,9 +188,7 @@ def _fill_file(
         derived = Derived()
         places = (layout.offsets[step.name], *layout.copies.get(step.name, ()))
         at = 0
-        for block in derive(
-            step, buffer, derived, want_crc=layout.needs_crc, want_digest=True
-        ):
+        for block in derive(step, buffer, derived, want_crc=layout.needs_crc, want_digest=True):
             for place in places:
                 write_all(fd, block, place + at)
             at += len(block)
@@ -455,7 +219,7 @@ def _record_digest(path: str, layout: FileLayout, digest: str) -> None:
     ((_, header),) = layout.finish({})
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        at = header.index(_DIGEST_PLACEHOLDER.encode("ascii"))
+        at = header.index(DIGEST_PLACEHOLDER.encode("ascii"))
         write_all(fd, memoryview(digest.encode("ascii")), at)
     finally:
         os.close(fd)
@@ -486,45 +250,7 @@ def _check_unchanged(manifest: Manifest) -> None:
 
 
 def _losses(plan: Plan, derived: Mapping[str, Derived]) -> list[Finding]:
-    return [
-        finding for step in plan.steps for finding in cast_findings(step, derived[step.name])
-    ]
-
-
-def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Finding]:
-    """What the destination lacks of the source, one finding each."""
-    found = [
-        Finding(
-            code="FC209",
-            severity="info",
-            key=item.name,
-            detail=f"`{escape(item.name)}` is left out: {escape(item.reason)}",
-        )
-        for item in plan.dropped
-    ]
-    left = [(name, reason) for name, reason in write.files.left]
-    if not options.copy_code:
-        left += [(name, "code or pickle; --copy-code takes it") for name in write.files.code]
-    found += [
-        Finding(
-            code="FC504",
-            severity="info",
-            key=name,
-            detail=f"`{escape(name)}` stays behind: {reason}",
-        )
-        for name, reason in left
-    ]
-    if write.format != "safetensors" and plan.source.metadata.keys() - {"format"}:
-        keys = sorted(plan.source.metadata.keys() - {"format"})
-        found.append(
-            Finding(
-                code="FC209",
-                severity="warning",
-                detail=f"{write.format} files hold no metadata: {name_some([escape(k) for k in keys])} "
-                "is left out",
-            )
-        )
-    return found
+    return [finding for step in plan.steps for finding in cast_findings(step, derived[step.name])]
 
 
 def summary_of(plan: Plan, files: Sequence[tuple[str, int]], verified: int) -> dict[str, Any]:
@@ -540,12 +266,3 @@ def summary_of(plan: Plan, files: Sequence[tuple[str, int]], verified: int) -> d
         "verified": verified,
         "files": [{"path": name, "num_bytes": size} for name, size in files],
     }
-
-
-def planned_files(plan: Plan, write: WritePlan) -> list[tuple[str, int]]:
-    """(name, size) of every file that a run would write."""
-    files = [(layout.file, layout.num_bytes) for layout in write.layouts]
-    if write.index is not None:
-        files.append((write.index[0], len(write.index[1])))
-    folder = plan.source.folder or ""
-    return files + [(name, os.path.getsize(os.path.join(folder, name))) for name in write.copied]

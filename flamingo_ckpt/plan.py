@@ -32,7 +32,7 @@ MAX_VIEW_TOTAL = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What the user chose; see `cli.md` for the flags of the same names."""
+    """What the user chose: the flags of the same names of `flamingo-ckpt convert`."""
 
     keep_prefix: bool = False
     include: tuple[str, ...] = ()
@@ -221,7 +221,8 @@ def _collision(name: str, first: TensorInfo, second: TensorInfo, where: str) -> 
         code="FC202",
         where=where,
         key=name,
-        hint=f"the file holds two copies; choose one with --exclude '{escape(_exclude_glob(first, second))}'",
+        hint="the file holds two copies; choose one with --exclude "
+        f"'{escape(_exclude_glob(first, second))}'",
     )
 
 
@@ -238,7 +239,8 @@ def _target_dtype(tensor: TensorInfo, wanted: str, where: str) -> DType:
     target = DTYPES[CAST_TARGETS[wanted]]
     if tensor.dtype.name in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"):
         raise CkptError(
-            f"`{escape(tensor.name)}` is {tensor.dtype}: its values need their scales, no cast is defined",
+            f"`{escape(tensor.name)}` is {tensor.dtype}: its values need their scales, "
+            "no cast is defined",
             code="FC305",
             where=where,
             key=tensor.name,
@@ -259,12 +261,13 @@ def _check_views(tensors: list[TensorInfo], max_expansion: float, where: str) ->
         allowed = max(max_expansion, MAX_VIEW_TOTAL) * stored
         if needed > max_expansion * stored or total > allowed:
             raise CkptError(
-                f"`{escape(tensor.name)}` ({tensor.describe()}, {needed} bytes) is an expanded view of "
-                f"{stored} stored bytes",
+                f"`{escape(tensor.name)}` ({tensor.describe()}, {needed} bytes) is an expanded "
+                f"view of {stored} stored bytes",
                 code="FC307",
                 where=where,
                 key=tensor.name,
-                hint=f"to write it out in full: --max-expansion {max(needed, total) // max(stored, 1) + 1}",
+                hint="to write it out in full: --max-expansion "
+                f"{max(needed, total) // max(stored, 1) + 1}",
             )
 
 

@@ -1,7 +1,7 @@
 """Run the steps of a plan over bytes: a few threads, bounded blocks, checks on the way.
 
 The same derivation of a tensor's bytes serves `convert` (which writes them) and `verify` (which
-compares them). Source checksums are checked in the same pass wherever a tensor is its whole storage.
+compares them). Source checksums are checked in the same pass where a tensor is its whole storage.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
 
 
-class Stopped(Exception):
+class _StoppedError(Exception):
     """Another task of the same run failed; this one gave up. Never leaves this module."""
 
 
@@ -69,7 +69,7 @@ def run_tasks(
 
     def call(task: _Task) -> _Result:
         if stop.is_set():
-            raise Stopped
+            raise _StoppedError
         if not hasattr(local, "buffer"):
             local.buffer = bytearray(BLOCK_BYTES)
         try:
@@ -83,7 +83,7 @@ def run_tasks(
         try:
             for future in futures:
                 error = future.exception()
-                if error is not None and not isinstance(error, Stopped):
+                if error is not None and not isinstance(error, _StoppedError):
                     raise error
         except BaseException:
             stop.set()
@@ -115,8 +115,14 @@ def derive(
         if on_the_way:
             source_crc = crc32(block, source_crc)
         if step.dtype.name == "BOOL":
-            derived.noncanonical_bools += len(block) - block.tobytes().translate(_ONE_TO_ZERO).count(0)
-        out = cast_block(block, step.source.dtype, step.dtype, derived.counts) if step.is_cast else block
+            derived.noncanonical_bools += len(block) - block.tobytes().translate(
+                _ONE_TO_ZERO
+            ).count(0)
+        out = (
+            cast_block(block, step.source.dtype, step.dtype, derived.counts)
+            if step.is_cast
+            else block
+        )
         if want_crc and not shared:
             crc = crc32(out, crc)
         if want_digest:
@@ -164,7 +170,7 @@ def unchecked_storages(steps: Iterable[Step]) -> list[Storage]:
 def check_storages(storages: Sequence[Storage], on_bytes: OnBytes) -> None:
     """Check the CRC-32 of whole storages. Raises FC105 naming the first that is damaged."""
 
-    def work(storage: Storage, buffer: bytearray, stop: threading.Event) -> None:
+    def work(storage: Storage, buffer: bytearray, _stop: threading.Event) -> None:
         if storage.crc32 is not None:
             check_crc(storage.crc32, read_whole_crc(storage, buffer), storage.where)
         on_bytes(storage.num_bytes)
@@ -183,15 +189,14 @@ def cast_findings(step: Step, derived: Derived) -> list[Finding]:
     found: list[Finding] = []
 
     def add(code: str, severity: str, detail: str, hint: str | None = None) -> None:
-        found.append(
-            Finding(code=code, severity=severity, key=step.name, detail=detail, hint=hint)
-        )
+        found.append(Finding(code=code, severity=severity, key=step.name, detail=detail, hint=hint))
 
     if counts.overflowed:
         add(
             "FC303",
             "error",
-            f"`{name}`: {counts.overflowed} of {counts.elements} values became infinite as {step.dtype}",
+            f"`{name}`: {counts.overflowed} of {counts.elements} values became infinite "
+            f"as {step.dtype}",
             "bfloat16 has the range of float32; or keep the dtype: `--dtype keep`",
         )
     if counts.nan_lost:
@@ -210,4 +215,3 @@ def cast_findings(step: Step, derived: Derived) -> list[Finding]:
             f"`{name}`: {derived.noncanonical_bools} BOOL bytes are neither 0 nor 1; they are kept",
         )
     return found
-

@@ -89,7 +89,7 @@ class ByteSource(Protocol):
         """Length in bytes."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset`; raises `FormatError` (FC102) where there are fewer."""
+        """Exactly `size` bytes from `offset`; raises `FormatError` (FC102) past the end."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; raises as `read` does."""
@@ -262,10 +262,10 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def escape(text: str) -> str:
-    """Make hostile text printable: controls, bidi and other invisible characters become escapes.
+    r"""Make hostile text printable: controls, bidi and other invisible characters are escaped.
 
-    >>> escape("a\\x1b[31m")
-    'a\\\\x1b[31m'
+    >>> escape("a\x1b[31m")
+    'a\\x1b[31m'
     """
     if text.isascii() and text.isprintable():
         return text

@@ -1,7 +1,7 @@
-"""Is the destination the faithful image of the source? Every tensor is derived again and compared.
+"""Is the destination the faithful image of the source? Every tensor is derived again.
 
-dtype, shape and bytes: a NaN equals only the same NaN, and -0 is not 0. Memory is bounded; the first
-differing element is named.
+Compared are dtype, shape and bytes: a NaN equals only the same NaN, and -0 is not 0. Memory is
+bounded; the first differing element is named.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts
-from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
+from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.stream import (
     Derived,
@@ -103,7 +103,7 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
         finding = _header_difference(step, tensor)
         if finding is None:
             found = _compare(step, tensor, buffer, derived, on_bytes, stop)
-            finding = found and _bits_differ(step, tensor, found)
+            finding = _bits_differ(step, tensor, found) if found else None
         return step, tensor, derived, finding
 
     good: dict[str, bool] = {}
@@ -246,8 +246,8 @@ def _bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
         code="FC301",
         severity="error",
         key=tensor.name,
-        detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.source.num_elements} elements "
-        f"differ, first at [{place}]: {ours} expected, {theirs} found",
+        detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.source.num_elements} "
+        f"elements differ, first at [{place}]: {ours} expected, {theirs} found",
         data={
             "num_elements_different": found.num_different,
             "first_index": list(found.index),
@@ -268,9 +268,7 @@ def _readable(bits: str, step: Step) -> str:
     return f"{wide.cast('d')[0]!r} (0x{bits})"
 
 
-def _missing(
-    plan: Plan, names: list[str], there: Mapping[str, TensorInfo]
-) -> list[Finding]:
+def _missing(plan: Plan, names: list[str], there: Mapping[str, TensorInfo]) -> list[Finding]:
     hint = None
     if any(step.source.name != step.name and step.source.name in there for step in plan.steps):
         hint = "the destination has the names as stored in the source: --keep-prefix"
@@ -280,24 +278,23 @@ def _missing(
             code="FC203",
             severity="error",
             key=name,
-            detail=f"`{escape(name)}` ({sources[name].source.describe()}) is not in the destination",
+            detail=f"`{escape(name)}` ({sources[name].source.describe()}) is not in the "
+            "destination",
             hint=hint,
         )
         for name in sorted(names)
     ]
 
 
-def _unexpected(
-    plan: Plan, names: list[str], there: Mapping[str, TensorInfo]
-) -> list[Finding]:
+def _unexpected(plan: Plan, names: list[str], there: Mapping[str, TensorInfo]) -> list[Finding]:
     left_out = {item.name for item in plan.dropped}
     return [
         Finding(
             code="FC204",
             severity="error",
             key=name,
-            detail=f"`{escape(name)}` ({there[name].describe()}) is in the destination and the source "
-            "does not give it",
+            detail=f"`{escape(name)}` ({there[name].describe()}) is in the destination and the "
+            "source does not give it",
             hint="the source has it, and these options leave it out" if name in left_out else None,
         )
         for name in names

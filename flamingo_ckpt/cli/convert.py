@@ -59,19 +59,13 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     """Write SRC to DST in another format, streaming, with every key accounted for.
 
     DST ending in .safetensors, .pt, .pth, .bin or .npz is one file; anything else is a folder.
-    Wrapper prefixes (`module.` and its like) are removed. Nothing is put in place before it has been
-    read back and compared with SRC bit for bit.
+    Wrapper prefixes (`module.` and its like) are removed. Nothing is put in place before it has
+    been read back and compared with SRC bit for bit.
     """
-    from flamingo_ckpt.convert import (
-        ConvertOptions,
-        choose_format,
-        omissions,
-        plan_write,
-        planned_files,
-        summary_of,
-    )
+    from flamingo_ckpt.convert import ConvertOptions, plan_write, summary_of
     from flamingo_ckpt.formats import open_checkpoint
     from flamingo_ckpt.plan import PlanOptions, make_plan
+    from flamingo_ckpt.write_plan import choose_format, omissions, planned_files
 
     choose_format(chosen["dst"], chosen["format"])
     manifest = open_checkpoint(
@@ -158,7 +152,7 @@ def _run(
                     code="FC301",
                     where=write.dst,
                     key=wrong[0],
-                    hint="nothing was put in place; the disk or the memory of this machine may be bad",
+                    hint="nothing was put in place; this machine's disk or memory may be bad",
                 )
             verified = len(result.bit_exact) + len(result.cast)
 

@@ -34,8 +34,10 @@ def inspect(
     argv: tuple[str, ...],
     started: float,
 ) -> Report:
-    """Say what SRC holds: format, wrapper, prefix, tensors, dtypes, sizes, tied names, and what lies
-    beside the weights. Reads headers only; executes nothing.
+    """Say what SRC holds, from its headers alone; nothing is executed.
+
+    That is: format, wrapper, prefix, tensors, dtypes, sizes, tied names, and what lies beside the
+    weights.
 
     SRC is a file, a folder, or an index (*.index.json).
     """

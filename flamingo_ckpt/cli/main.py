@@ -29,10 +29,10 @@ class _Terminated(BaseException):
 class _Verbs(click.Group):
     """Verbs, imported lazily: `--help` must not wait for what it does not need."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"flamingo_ckpt.cli.{cmd_name}")
@@ -43,7 +43,8 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 good answer, 1 bad answer, 2 no answer, 3 incomplete, 130/143 interrupted.",
+    epilog="Exit codes: 0 good answer, 1 bad answer, 2 no answer, 3 incomplete, "
+    "130/143 interrupted.",
 )
 @click.version_option(__version__, prog_name="flamingo-ckpt")
 def cli() -> None:

@@ -25,9 +25,7 @@ class ByteSize(click.ParamType[int]):
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes, at least one."""
         if isinstance(value, int):
             return value
@@ -107,7 +105,9 @@ wrapper_key = click.option(
     "--wrapper-key", metavar="KEY", help="Take the weights under this key of a torch file."
 )
 npy_bfloat16 = click.option(
-    "--npy-bfloat16", is_flag=True, help="2-byte elements without a type in numpy files are bfloat16."
+    "--npy-bfloat16",
+    is_flag=True,
+    help="2-byte elements without a type in numpy files are bfloat16.",
 )
 
 

@@ -70,7 +70,9 @@ class Output:
 
     def _talk(self, lines: Sequence[str]) -> None:
         for line in lines:
-            click.echo(self._paint(line, sys.stderr.isatty()), err=True, color=self._wants_color(False))
+            click.echo(
+                self._paint(line, sys.stderr.isatty()), err=True, color=self._wants_color(False)
+            )
 
     def _wants_color(self, stdout: bool) -> bool:
         if self.color != "auto":

@@ -71,7 +71,8 @@ def _widen(block: memoryview, name: str) -> Array:
     import numpy
 
     if name in _F8_LAYOUTS:
-        return _f8_values(name)[numpy.frombuffer(block, dtype="u1")]
+        table: Array = _f8_values(name)
+        return numpy.take(table, numpy.frombuffer(block, dtype="u1"))
     if name == "BF16":
         bits = numpy.frombuffer(block, dtype="<u2").astype("<u4")
         bits <<= 16

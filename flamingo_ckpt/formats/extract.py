@@ -12,7 +12,7 @@ from flamingo_ckpt.tensors import ByteSource, TensorInfo, contiguous_strides
 if TYPE_CHECKING:
     import numpy
 
-#: The block that every copy is made of: larger ones are slower where memory is given on first touch.
+#: The block that every copy is made of: larger ones are slower where memory is given on touch.
 BLOCK_BYTES = 256 << 10
 # Strided tensors: output gathered per step, and the largest single read for it.
 _GATHER_BYTES = 8 << 20
@@ -77,9 +77,7 @@ def _gathered(
             yield flat[at : at + BLOCK_BYTES]
 
 
-def _boxes(
-    shape: tuple[int, ...], limit: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(start, size) boxes of at most `limit` elements that follow each other in row-major order."""
     dim = 0
     while dim < len(shape) - 1 and math.prod(shape[dim + 1 :]) > limit:
@@ -115,7 +113,7 @@ def _gather(
     sizes = out.shape
     span = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
     wanted = math.prod(n for n, s in zip(sizes, strides, strict=True) if s)
-    if span * width <= _SPAN_BYTES and wanted >= span * _MIN_DENSITY or span == 1:
+    if (span * width <= _SPAN_BYTES and wanted >= span * _MIN_DENSITY) or span == 1:
         raw = numpy.frombuffer(source.read(first, span * width), dtype=f"V{width}")
         byte_strides = tuple(s * width for s in strides)
         out[...] = numpy.lib.stride_tricks.as_strided(raw, sizes, byte_strides)

@@ -22,7 +22,12 @@ _KNOWN: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89HDF\r\n", "an HDF5 file", "convert it with Keras or h5py first"),
     (0, b"GGUF", "a GGUF file", "GGUF is quantized for inference; take the original weights"),
     (0, b"\x08\x08\x12", "an ONNX graph", "take the weights it was exported from"),
-    (0, b"<!DOCTYPE", "a web page", "the download answered with a page; log in or mend the address"),
+    (
+        0,
+        b"<!DOCTYPE",
+        "a web page",
+        "the download answered with a page; log in or mend the address",
+    ),
     (0, b"<html", "a web page", "the download answered with a page; log in or mend the address"),
     (
         257,
@@ -88,13 +93,11 @@ def read_source(
 
 def _read(source: ByteSource, wrapper_key: str | None, npy_bfloat16: bool) -> Manifest:
     if source.size == 0:
-        raise CkptError(
-            "the file is empty", code="FC102", hint="copy or download the file again"
-        )
+        raise CkptError("the file is empty", code="FC102", hint="copy or download the file again")
     head = source.read(0, min(source.size, 512))
     if head.startswith(LOCAL_MAGIC):
         return _read_zip(source, wrapper_key, npy_bfloat16)
-    if looks_like_safetensors(head, source.size):
+    if looks_like_safetensors(head):
         return read_safetensors(source)
     from flamingo_ckpt.formats.npz import NPY_MAGIC, read_npy
     from flamingo_ckpt.formats.torch_legacy import MAGIC_PICKLE, read_torch_legacy
@@ -120,7 +123,8 @@ def _read_zip(source: ByteSource, wrapper_key: str | None, npy_bfloat16: bool) -
         raise CkptError(
             "it is a TorchScript archive of torch before 1.4",
             code="FC112",
-            hint="load it with torch 1.13 and save its `state_dict()`, where running its code is safe",
+            hint="load it with torch 1.13 where running its code is safe, and save its "
+            "`state_dict()`",
         )
     raise CkptError(
         f"it is a zip of {len(archive.entries)} files, none of them torch's or numpy's",
@@ -140,9 +144,7 @@ def _unknown(head: bytes) -> CkptError:
             hint="pickles can run code: take the weights from their author as safetensors",
         )
     if len(head) >= 9 and head[8:9] in b" \t\r\n{" and not any(head[5:8]):
-        return CkptError(
-            "it looks like safetensors with a damaged header", code="FC101"
-        )
+        return CkptError("it looks like safetensors with a damaged header", code="FC101")
     return CkptError(
         f"its first bytes ({head[:8].hex(' ')}) are of no checkpoint format",
         code="FC001",
@@ -155,4 +157,4 @@ def _is_index(source: FileSource) -> bool:
     if source.size > 256 << 20 or source.size < 2:
         return False
     head = source.read(0, min(source.size, 64)).lstrip()
-    return head.startswith(b"{") and not looks_like_safetensors(source.read(0, min(9, source.size)), source.size)
+    return head.startswith(b"{") and not looks_like_safetensors(source.read(0, min(9, source.size)))

@@ -13,11 +13,12 @@ from __future__ import annotations
 import codecs
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flamingo_ckpt.errors import FormatError, UnsafeError
 from flamingo_ckpt.formats.pickle_globals import is_dangerous
+from flamingo_ckpt.formats.pickle_nodes import Collection, Global, Inert, Mapping, Persistent
 from flamingo_ckpt.tensors import ByteSource, escape
 
 #: A state dict of 334 tensors takes 8,000; a training checkpoint with its optimizer ten times that.
@@ -25,57 +26,6 @@ MAX_OPCODES = 4_000_000
 MAX_PICKLE_BYTES = 64 << 20
 _MAX_LINE = 4096
 _WINDOW = 256 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """The name of something importable, which is never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Mapping:
-    """A dict, as the pairs in the order they were set: keys are neither hashed nor merged."""
-
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Inert:
-    """What a call or an instance would have become.
-
-    Attributes:
-        function: mostly a `Global`; whatever the pickle put there.
-        args: the arguments, a tuple where the file is well-formed.
-        items: appended or added later.
-        pairs: set by key later.
-        states: each argument of BUILD, in order.
-    """
-
-    function: Any
-    args: Any
-    items: list[Any] = field(default_factory=list)
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
-    states: list[Any] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Persistent:
-    """A persistent id: in torch's files, a reference to a storage."""
-
-    id: Any
-
-
-@dataclass(slots=True, eq=False)
-class Collection:
-    """A set or frozenset, unhashed."""
-
-    items: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +288,7 @@ class _Machine:
 
     def integer(self) -> None:
         raw = self.cursor.line()
-        self.push({b"00": False, b"01": True}.get(raw, None))
+        self.push({b"00": False, b"01": True}.get(raw))
         if self.stack[-1] is None:
             self.stack[-1] = self.parse(int, raw)
 

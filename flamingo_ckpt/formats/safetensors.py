@@ -33,7 +33,7 @@ _METADATA = "__metadata__"
 ALIASES_KEY = "flamingo_ckpt.aliases"
 
 
-def looks_like_safetensors(head: bytes, size: int) -> bool:
+def looks_like_safetensors(head: bytes) -> bool:
     """Whether the first bytes of a file can only be a safetensors header."""
     if len(head) < 9:
         return False
@@ -178,7 +178,8 @@ def _read_entry(
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None or dtype.rank is None:
         raise FormatError(
-            f"`{shown}` has the dtype {escape(str(entry['dtype']))[:40]!r}, which safetensors lacks",
+            f"`{shown}` has the dtype {escape(str(entry['dtype']))[:40]!r}, "
+            "which safetensors lacks",
             code="FC101",
             where=where,
             key=name,
@@ -193,7 +194,8 @@ def _read_entry(
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or bits // 8 != end - begin:
         raise FormatError(
-            f"`{shown}` ({dtype} {list(shape)}) needs {bits / 8:g} bytes, its offsets span {end - begin}",
+            f"`{shown}` ({dtype} {list(shape)}) needs {bits} bits, its offsets span "
+            f"{(end - begin) * 8}",
             code="FC103",
             where=where,
             key=name,
@@ -234,7 +236,8 @@ def _check_tiling(spans: list[tuple[int, int, str]], available: int, where: str)
         at = end
     if at > available:
         raise FormatError(
-            f"the tensors need {at} bytes of data, the file has {available} ({at - available} short)",
+            f"the tensors need {at} bytes of data, the file has {available} "
+            f"({at - available} short)",
             code="FC102",
             where=where,
             hint="the file is truncated; copy or download it again",
@@ -256,7 +259,9 @@ def _with_aliases(
     stored = {tensor.name: tensor for tensor in tensors}
     aliases: dict[str, Any] = {}
     if ALIASES_KEY in metadata:
-        aliases = parse_json_object(metadata[ALIASES_KEY].encode("utf-8"), f"{where}: {ALIASES_KEY}")
+        aliases = parse_json_object(
+            metadata[ALIASES_KEY].encode("utf-8"), f"{where}: {ALIASES_KEY}"
+        )
         bad = [alias for alias, name in aliases.items() if alias in stored or name not in stored]
         if bad or any(has_control(alias) for alias in aliases):
             raise FormatError(
@@ -266,9 +271,9 @@ def _with_aliases(
             )
     else:
         for alias, name in metadata.items():
-            if alias != "format" and alias not in stored and name in stored:
-                if not has_control(alias):
-                    aliases[alias] = name
+            usable = alias != "format" and not has_control(alias)
+            if usable and alias not in stored and name in stored:
+                aliases[alias] = name
     following: dict[str, list[str]] = {}
     for alias, name in aliases.items():
         following.setdefault(name, []).append(alias)
@@ -285,7 +290,7 @@ def _with_aliases(
 
 
 def sort_key(tensor: tuple[str, DType]) -> tuple[int, bytes]:
-    """safetensors' order: dtype rank descending, then name by bytes."""
+    """Safetensors' order: dtype rank descending, then name by bytes."""
     name, dtype = tensor
     return (-(dtype.rank or 0), name.encode("utf-8"))
 
@@ -363,6 +368,6 @@ def layout_safetensors(
         file=file,
         num_bytes=size,
         offsets=offsets,
-        finish=lambda checksums: [(0, header)],
+        finish=lambda _: [(0, header)],
         copies={},
     )

@@ -88,7 +88,7 @@ def open_index(
         )
     manifest = _gather(folder, shards, options)
     _cross_check(weight_map, manifest, path)
-    findings = [*manifest.findings, *_check_total(metadata, manifest, path)]
+    findings = [*manifest.findings, *_check_total(metadata, manifest)]
     return _replace(manifest, uri=path, findings=tuple(findings), index=os.path.basename(path))
 
 
@@ -107,8 +107,8 @@ def _read_index(path: str) -> tuple[dict[str, str], Mapping[str, Any]]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise UnsafeError(
-                f"the index puts `{escape(name)}` into `{escape(str(shard))[:200]}`, which is not a "
-                "plain file name",
+                f"the index puts `{escape(name)}` into `{escape(str(shard))[:200]}`, "
+                "which is not a plain file name",
                 code="FC503",
                 where=path,
                 key=name,
@@ -226,6 +226,11 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         findings += part.findings
         beside += part.beside
         pickle_globals.update(part.pickle_globals)
+
+    def check() -> None:
+        for _, part in parts:
+            part.check()
+
     formats = list(dict.fromkeys(part.format for _, part in parts))
     if len(formats) > 1:
         raise FormatError(
@@ -246,7 +251,7 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         details=parts[0][1].details if len(parts) == 1 else {"shards": len(parts)},
         folder=folder,
         sources=tuple(source for _, part in parts for source in part.sources),
-        check=lambda: [part.check() for _, part in parts] and None,
+        check=check,
     )
 
 
@@ -256,7 +261,9 @@ def _in_file(tensor: TensorInfo, file: str) -> TensorInfo:
     return replace(tensor, file=file)
 
 
-def _replace(manifest: Manifest, *, uri: str, findings: tuple[Finding, ...], index: str) -> Manifest:
+def _replace(
+    manifest: Manifest, *, uri: str, findings: tuple[Finding, ...], index: str
+) -> Manifest:
     from dataclasses import replace
 
     details = {**manifest.details, "index": index}
@@ -268,7 +275,8 @@ def _conflict(folder: str, key: str) -> Finding:
         code="FC209",
         severity="warning",
         key=key,
-        detail=f"the shards of `{folder}` disagree on the metadata `{escape(key)}`; the first is kept",
+        detail=f"the shards of `{folder}` disagree on the metadata `{escape(key)}`; "
+        "the first is kept",
     )
 
 
@@ -297,7 +305,7 @@ def _cross_check(weight_map: Mapping[str, str], manifest: Manifest, path: str) -
         )
 
 
-def _check_total(metadata: Mapping[str, Any], manifest: Manifest, path: str) -> list[Finding]:
+def _check_total(metadata: Mapping[str, Any], manifest: Manifest) -> list[Finding]:
     total = metadata.get("total_size")
     held = sum(tensor.num_bytes for tensor in distinct(manifest.tensors))
     every = sum(tensor.num_bytes for tensor in manifest.tensors)

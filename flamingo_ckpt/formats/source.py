@@ -35,9 +35,7 @@ class FileSource:
         self.status = os.fstat(self._fd)
         if not stat.S_ISREG(self.status.st_mode):
             self.close()
-            raise CkptError(
-                f"`{self._name}` is not a regular file", code="FC002", where=self._name
-            )
+            raise CkptError(f"`{self._name}` is not a regular file", code="FC002", where=self._name)
 
     @property
     def name(self) -> str:

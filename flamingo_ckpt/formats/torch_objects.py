@@ -6,7 +6,7 @@ orders. Every argument is type-checked and every extent computed before a `Tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,13 @@ from flamingo_ckpt.formats.pickle_globals import (
     in_table,
     storage_class,
 )
-from flamingo_ckpt.formats.pickle_machine import Collection, Global, Inert, Mapping, Persistent
+from flamingo_ckpt.formats.pickle_nodes import (
+    Global,
+    Inert,
+    Mapping,
+    Persistent,
+    walk,
+)
 from flamingo_ckpt.tensors import (
     DTYPES,
     TORCH_DTYPES,
@@ -91,7 +97,8 @@ class TorchObjects:
         pair = (node.function.module, node.function.name)
         if pair in UNSUPPORTED_TENSORS:
             raise FormatError(
-                f"`{escape(name)}` is a {UNSUPPORTED_TENSORS[pair]} tensor, which no dense format holds",
+                f"`{escape(name)}` is a {UNSUPPORTED_TENSORS[pair]} tensor, "
+                "which no dense format holds",
                 code="FC306",
                 hint="make it dense where it was trained (`.to_dense()`, `.dequantize()`, "
                 "`.full_tensor()`) and save again",
@@ -193,7 +200,11 @@ class TorchObjects:
         return self._storages[id(node.id)]
 
     def _read_storage(self, pid: Any, name: str) -> StorageRef:
-        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
+        if (
+            type(pid) is not tuple
+            or len(pid) not in (5, 6)
+            or pid[0] not in ("storage", b"storage")
+        ):
             raise self._bad(f"`{escape(name)}` has a storage id that torch does not write")
         kind, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(kind, Global) or type(key) is not str:
@@ -242,9 +253,8 @@ class TorchObjects:
 
     def _ints(self, node: Any, name: str) -> tuple[int, ...]:
         """A tuple of natural numbers; `torch.Size` wraps one."""
-        if isinstance(node, Inert) and isinstance(node.function, Global) and len(node.args) == 1:
-            if (node.function.module, node.function.name) == ("torch", "Size"):
-                node = node.args[0]
+        if _calls(node, {("torch", "Size")}) and len(node.args) == 1:
+            node = node.args[0]
         values = tuple(node) if type(node) is list else node
         if type(values) is not tuple or any(type(value) is not int for value in values):
             raise self._bad(f"`{escape(name)}` has a shape or strides that are not integers")
@@ -261,7 +271,8 @@ class TorchObjects:
         bits = [str(key) for key, value in metadata.pairs if key in ("conj", "neg") and value]
         if bits:
             raise FormatError(
-                f"`{escape(name)}` is a lazy {' and '.join(bits)} view: its bytes are not its value",
+                f"`{escape(name)}` is a lazy {' and '.join(bits)} view: "
+                "its bytes are not its value",
                 code="FC306",
                 hint="call `.resolve_conj().resolve_neg()` before saving",
             )
@@ -283,10 +294,7 @@ def entries(node: Any) -> list[tuple[Any, Any]] | None:
         return node.pairs
     if type(node) in (list, tuple):
         return [(str(index), value) for index, value in enumerate(node)]
-    if isinstance(node, Inert) and isinstance(node.function, Global):
-        if (node.function.module, node.function.name) in DICT_TYPES:
-            return _pairs_of_args(node) + node.pairs
-    return None
+    return _pairs_of_args(node) + node.pairs if _calls(node, DICT_TYPES) else None
 
 
 def _pairs_of_args(node: Inert) -> list[tuple[Any, Any]]:
@@ -311,46 +319,20 @@ def state_entries(node: Any) -> list[tuple[Any, Any]]:
 
 def is_tensor(node: Any) -> bool:
     """Whether the node is a call that makes a tensor, of whatever kind."""
-    if not isinstance(node, Inert) or not isinstance(node.function, Global):
-        return False
-    pair = (node.function.module, node.function.name)
-    return pair in REBUILDERS or pair in UNSUPPORTED_TENSORS
+    return _calls(node, REBUILDERS) or _calls(node, UNSUPPORTED_TENSORS)
 
 
-def children(node: Any) -> Iterator[Any]:
-    """Every node directly under this one."""
-    if isinstance(node, Mapping):
-        for key, value in node.pairs:
-            yield key
-            yield value
-    elif isinstance(node, Inert):
-        yield node.function
-        yield node.args
-        yield from node.items
-        yield from node.states
-        for key, value in node.pairs:
-            yield key
-            yield value
-    elif isinstance(node, Collection):
-        yield from node.items
-    elif type(node) in (list, tuple):
-        yield from node
+def _calls(node: Any, names: Container[tuple[str, str]]) -> bool:
+    return (
+        isinstance(node, Inert)
+        and isinstance(node.function, Global)
+        and (node.function.module, node.function.name) in names
+    )
 
 
 def count_tensors(root: Any) -> int:
     """Tensors at or under a node, each once, however the graph loops."""
-    seen: set[int] = set()
-    pending, found = [root], 0
-    while pending:
-        node = pending.pop()
-        if isinstance(node, str | bytes | int | float | None) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if is_tensor(node):
-            found += 1
-        else:
-            pending.extend(children(node))
-    return found
+    return sum(1 for node in walk(root, enter=lambda node: not is_tensor(node)) if is_tensor(node))
 
 
 def unknown_class(node: Any) -> str | None:
@@ -385,17 +367,3 @@ def describe(node: Any) -> str:
     if isinstance(node, Inert):
         return f"object {node.function}" if isinstance(node.function, Global) else "object"
     return type(node).__name__.lower()
-
-
-__all__ = [
-    "Storage",
-    "StorageRef",
-    "TorchObjects",
-    "children",
-    "count_tensors",
-    "describe",
-    "entries",
-    "is_tensor",
-    "state_entries",
-    "unknown_class",
-]

@@ -36,9 +36,7 @@ def layout_torch(file: str, tensors: Iterable[OutTensor]) -> FileLayout:
     archive.add(f"{root}/.storage_alignment", b"64")
     archive.add(f"{root}/byteorder", b"little")
     for index, tensor in enumerate(tensors):
-        archive.add(
-            f"{root}/data/{index}", b"", tensor=tensor.name, num_bytes=tensor.num_bytes
-        )
+        archive.add(f"{root}/data/{index}", b"", tensor=tensor.name, num_bytes=tensor.num_bytes)
     archive.add(f"{root}/version", b"3\n")
     # torch stores a hash of names and contents here; ours is of the pickle, so it is deterministic.
     archive.add(f"{root}/.data/serialization_id", b"%040d" % crc32(data))

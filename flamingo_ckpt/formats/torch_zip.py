@@ -8,9 +8,8 @@ Records (torch/serialization.py, caffe2/serialize/inline_container.cc): `NAME/da
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from flamingo_ckpt.errors import CkptError, Finding, FormatError
+from flamingo_ckpt.errors import Finding, FormatError
 from flamingo_ckpt.formats.pickle_globals import in_table
 from flamingo_ckpt.formats.pickle_machine import MAX_PICKLE_BYTES, Pickled, read_pickle
 from flamingo_ckpt.formats.torch_objects import TorchObjects
@@ -60,7 +59,9 @@ def read_torch_zip(
         wrapper=select.key,
         pickle_globals=classify_globals(pickled),
         beside=select.beside,
-        findings=tuple(_unreferenced(archive, root, pickled) + unknown_findings(select.unknown_classes)),
+        findings=tuple(
+            _unreferenced(archive, root, pickled) + unknown_findings(select.unknown_classes)
+        ),
         details={
             "byteorder": byteorder,
             "version": version,
@@ -77,9 +78,7 @@ def is_torch_zip(archive: ZipArchive) -> bool:
 
 
 def _find_root(archive: ZipArchive, where: str) -> str:
-    pickles = [
-        name for name in archive.entries if name == "data.pkl" or name.endswith("/data.pkl")
-    ]
+    pickles = [name for name in archive.entries if name == "data.pkl" or name.endswith("/data.pkl")]
     top = [name for name in pickles if name.count("/") <= 1]
     if len(top) != 1:
         raise FormatError(
@@ -126,7 +125,8 @@ def _finder(
             )
         if entry.num_bytes != num_bytes:
             raise FormatError(
-                f"storage `{escape(key)}` has {entry.num_bytes} bytes, its tensors expect {num_bytes}",
+                f"storage `{escape(key)}` has {entry.num_bytes} bytes, its tensors expect "
+                f"{num_bytes}",
                 code="FC103",
                 where=where,
                 hint="the file is damaged or was altered",
@@ -136,7 +136,7 @@ def _finder(
                 key=key,
                 num_bytes=entry.num_bytes,
                 locate=lambda: archive.locate(name),
-                # Writers that skip the checksum store 0; a run whose CRC really is 0 is rare enough.
+                # Writers that skip the checksum store 0; that a CRC really is 0 is rare enough.
                 crc32=entry.crc32 or None,
                 where=f"{where}: {name}",
             )
@@ -151,9 +151,13 @@ def _unreferenced(archive: ZipArchive, root: str, pickled: Pickled) -> list[Find
         for item in pickled.persistent
         if type(item.id) is tuple and len(item.id) > 2 and type(item.id[2]) is str
     }
-    unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name not in used]
+    unused = [
+        name for name in archive.entries if name.startswith(f"{root}data/") and name not in used
+    ]
     foreign = [
-        name for name in archive.entries if not name.startswith(root) or name.endswith((".pkl", ".pickle"))
+        name
+        for name in archive.entries
+        if not name.startswith(root) or name.endswith((".pkl", ".pickle"))
     ]
     foreign = [name for name in foreign if name not in (f"{root}data.pkl", f"{root}constants.pkl")]
     return [
@@ -182,16 +186,8 @@ def unknown_findings(classes: tuple[str, ...]) -> list[Finding]:
             code="FC506",
             severity="warning",
             key=escape(name),
-            detail=f"objects of the class `{escape(name)}` lie beside the weights; they were not built",
+            detail=f"objects of the class `{escape(name)}` lie beside the weights; "
+            "they were not built",
         )
         for name in classes
     ]
-
-
-__all__: list[Any] = [
-    "CkptError",
-    "classify_globals",
-    "is_torch_zip",
-    "read_torch_zip",
-    "unknown_findings",
-]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError
-from flamingo_ckpt.formats.pickle_machine import Global, Inert, Mapping
+from flamingo_ckpt.formats.pickle_nodes import Global, Inert, Mapping
 from flamingo_ckpt.formats.torch_objects import TorchObjects, count_tensors, describe
 from flamingo_ckpt.formats.wrapper import Selection
 from flamingo_ckpt.tensors import Beside, TensorInfo, escape
@@ -41,9 +41,7 @@ def read_module(root: Any, objects: TorchObjects, where: str) -> Selection:
         prefix, module, depth = pending.pop()
         visited += 1
         if depth > _MAX_DEPTH or visited > _MAX_MODULES:
-            raise FormatError(
-                "the module tree is too deep or loops", code="FC111", where=where
-            )
+            raise FormatError("the module tree is too deep or loops", code="FC111", where=where)
         submodules = []
         for key, value in _attributes(module):
             if type(key) is not str:
@@ -65,9 +63,7 @@ def read_module(root: Any, objects: TorchObjects, where: str) -> Selection:
                     Beside(path=name, kind=describe(value), num_tensors=count_tensors(value))
                 )
         pending += reversed(submodules)
-    return Selection(
-        key=None, tensors=tuple(tensors), beside=tuple(beside), unknown_classes=()
-    )
+    return Selection(key=None, tensors=tuple(tensors), beside=tuple(beside), unknown_classes=())
 
 
 def _is_module(node: Any) -> bool:

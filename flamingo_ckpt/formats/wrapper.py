@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError, UnsafeError
+from flamingo_ckpt.formats.pickle_nodes import walk
 from flamingo_ckpt.formats.torch_objects import (
     TorchObjects,
-    children,
     count_tensors,
     describe,
     entries,
@@ -147,9 +147,7 @@ def _candidates(at: _Candidate, depth: int) -> list[_Candidate]:
         return []
     if _num_direct(at.node):
         # Weights below weights are part of them, except under a key that says otherwise.
-        named = [
-            (key, value) for key, value in pairs if key in WRAPPER_KEYS or key in EMA_KEYS
-        ]
+        named = [(key, value) for key, value in pairs if key in WRAPPER_KEYS or key in EMA_KEYS]
         own = [at]
     else:
         named, own = pairs, []
@@ -170,7 +168,9 @@ def _num_direct(node: Any) -> int:
 
 
 def _named(root: Any, wrapper_key: str, where: str) -> _Candidate:
-    node, path, rest = root, (), wrapper_key
+    node: Any = root
+    path: tuple[str, ...] = ()
+    rest = wrapper_key
     while rest:
         step = _longest_key(node, rest)
         if step is None:
@@ -289,19 +289,7 @@ def _join(path: tuple[str, ...], name: str) -> str:
 
 
 def _unknown_classes(root: Any) -> list[str]:
-    found: dict[str, None] = {}
-    seen: set[int] = set()
-    pending = [root]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, str | bytes | int | float | None) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        name = unknown_class(node)
-        if name:
-            found[name] = None
-        pending.extend(children(node))
-    return sorted(found)
+    return sorted({name for node in walk(root) if (name := unknown_class(node))})
 
 
 def _nothing(root: Any, where: str) -> CkptError:
@@ -309,8 +297,8 @@ def _nothing(root: Any, where: str) -> CkptError:
     num_tensors = count_tensors(root)
     if num_tensors and unknown:
         return UnsafeError(
-            f"the file is one object of the class `{escape(unknown)}` with {num_tensors} tensors in "
-            "it, not a state dict",
+            f"the file is one object of the class `{escape(unknown)}` with {num_tensors} tensors "
+            "in it, not a state dict",
             code="FC502",
             where=where,
             hint="where that class is installed: `torch.save(model.state_dict(), ...)`",

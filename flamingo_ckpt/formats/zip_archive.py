@@ -107,7 +107,8 @@ class ZipArchive:
         at = tail.rfind(_END_MAGIC)
         if at < 0 or len(tail) - at < 22:
             raise FormatError(
-                "the end of the zip directory is not there: the file is truncated, or has bytes after its end",
+                "the end of the zip directory is not there: the file is truncated, "
+                "or has bytes after its end",
                 code="FC102",
                 where=self._where,
                 hint="copy or download the file again",
@@ -123,7 +124,7 @@ class ZipArchive:
             return self._find_directory64(locator, (count, length, offset))
         if disk or start_disk or here != count:
             raise self._bad("it spans several disks")
-        if 0xFFFF == count or 0xFFFFFFFF in (length, offset):
+        if count == 0xFFFF or 0xFFFFFFFF in (length, offset):
             raise self._bad("zip64 sizes are announced, but there is no zip64 record")
         return self._read_directory(offset, length, count, end)
 
@@ -151,9 +152,7 @@ class ZipArchive:
         self, offset: int, length: int, count: int, end: int
     ) -> tuple[int, bytes, int]:
         if offset + length != end:
-            raise self._bad(
-                f"the directory should end at byte {end}, it ends at {offset + length}"
-            )
+            raise self._bad(f"the directory should end at byte {end}, it ends at {offset + length}")
         if length > _MAX_DIRECTORY_BYTES or count > _MAX_ENTRIES:
             raise self._bad(f"{count} records in a directory of {length} bytes", "FC111")
         return offset, self.source.read(offset, length), count

@@ -60,9 +60,7 @@ class ZipLayout:
         self._alignment = alignment
         self._records: list[_Record] = []
 
-    def add(
-        self, name: str, head: bytes, *, tensor: str | None = None, num_bytes: int = 0
-    ) -> None:
+    def add(self, name: str, head: bytes, *, tensor: str | None = None, num_bytes: int = 0) -> None:
         """Add a record: known bytes, and behind them those of a tensor."""
         encoded = name.encode("utf-8", "surrogatepass")
         if len(encoded) > 0xFFFF:
@@ -79,7 +77,14 @@ class ZipLayout:
             extra += b"Z" * (-begin % self._alignment)
         local = struct.pack(
             "<4sHHHHHIIIHH",
-            *(b"PK\3\4", 45 if wide else 0, _FLAGS, 0, 0, _DATE_1980 if self._alignment == 1 else 0),
+            *(
+                b"PK\3\4",
+                45 if wide else 0,
+                _FLAGS,
+                0,
+                0,
+                _DATE_1980 if self._alignment == 1 else 0,
+            ),
             *(0, 0, 0, len(encoded), len(extra)),
         )
         local += encoded + extra

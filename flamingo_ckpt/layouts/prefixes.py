@@ -34,10 +34,11 @@ def strip_wrappers(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def refuse_flat_parameter(name: str, where: str) -> None:
-    """Raise FC208 for a flat parameter of FSDP1: many tensors in one vector, without their shapes."""
+    """Raise FC208 for a flat parameter of FSDP1: many tensors in one vector, shapes unknown."""
     if any(part.startswith(_FLAT_COMPONENTS) for part in name.split(".")):
         raise CkptError(
-            f"`{escape(name)}` is a flat parameter of FSDP: the shapes of its tensors are not in the file",
+            f"`{escape(name)}` is a flat parameter of FSDP: the shapes of its tensors are not "
+            "in the file",
             code="FC208",
             where=where,
             key=name,

@@ -1,5 +1,6 @@
-"""Fold repeated keys for people, without loss: `expand(fold(keys)) == keys`, and only keys whose
-facts are equal stand in one row.
+"""Fold repeated keys for people, without loss.
+
+The keys of the rows are the keys that went in, and only keys whose facts are equal share a row.
 
 A row is a dotted pattern whose components are sets, written `{0-5,7}` or `{weight,bias}`; it means
 every combination, and every combination is there.
@@ -73,8 +74,11 @@ def _merge(rows: Sequence[Row], position: int, *, numbers: bool) -> list[Row]:
         groups.setdefault(key, []).append(row)
     merged: list[Row] = []
     for group in groups.values():
-        alternatives = [text for row in group for text in row.components[position:][:1] for text in text]
-        if len(group) == 1 or (not numbers and len(alternatives) > _MAX_WORDS):
+        if len(group) == 1:
+            merged += group
+            continue
+        alternatives = [text for row in group for text in row.components[position]]
+        if not numbers and len(alternatives) > _MAX_WORDS:
             merged += group
             continue
         if numbers:

@@ -26,8 +26,8 @@ def to_markdown(report: Report) -> str:
             rows = [(one["path"], one["num_bytes"]) for one in files]
             lines += _table(("file", "bytes"), rows)
     if report.findings:
-        rows = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
-        lines += _table(("severity", "code", "key", "detail", "hint"), rows)
+        told = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
+        lines += _table(("severity", "code", "key", "detail", "hint"), told)
     return "\n".join(lines)
 
 
@@ -40,7 +40,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    text = (
+        ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    )
     text = html.escape(escape(text), quote=False)
     for char in "\\|*_[]":
         text = text.replace(char, "\\" + char)

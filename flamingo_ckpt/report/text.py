@@ -1,4 +1,4 @@
-"""Reports as text for people. Hostile strings are escaped here, every symbol has a word beside it."""
+"""Reports as text for people. Hostile strings are escaped; every symbol has a word beside it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def count(number: int, noun: str) -> str:
 def render(report: Report, *, verbose: bool = False) -> list[str]:
     """The lines of a report that has an answer (errors are rendered by `render_error`)."""
     lines = [_input_line(one) for one in report.inputs]
-    body = {"inspect": _inspect, "convert": _convert, "verify": _verify}[report.command]
-    lines += body(report, verbose)
+    if report.command == "verify":
+        lines += _verify(report)
+    else:
+        lines += {"inspect": _inspect, "convert": _convert}[report.command](report, verbose)
     lines += _findings(report.findings, verbose)
     return lines
 
@@ -72,8 +74,9 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
     summary = report.summary
     dtypes = ", ".join(f"{name} {number}" for name, number in summary["dtypes"].items())
     lines.append(
-        f"total      {count(summary['num_tensors'], 'tensor')}, {summary['num_parameters']} parameters, "
-        f"{format_bytes(summary['num_bytes'])}; by dtype: {dtypes or 'none'}"
+        f"total      {count(summary['num_tensors'], 'tensor')}, "
+        f"{summary['num_parameters']} parameters, {format_bytes(summary['num_bytes'])}; "
+        f"by dtype: {dtypes or 'none'}"
     )
     for group in _some(extra["tied"], verbose):
         lines.append("tied       " + " = ".join(f"`{escape(name)}`" for name in group))
@@ -110,12 +113,19 @@ def _listed(names: Sequence[str]) -> str:
 
 def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
     entries = [(t["name"], (t["dtype"], tuple(t["shape"]), t["num_bytes"])) for t in tensors]
-    table = []
+    table: list[tuple[str, ...]] = []
     for row in fold(entries):
-        dtype, shape, num_bytes = row.facts  # type: ignore[misc]
+        facts: Any = row.facts
+        dtype, shape, num_bytes = facts
         times = f"x{row.count}" if row.count > 1 else ""
         table.append(
-            (escape(row.pattern()), times, dtype, format_shape(shape), format_bytes(num_bytes * row.count))
+            (
+                escape(row.pattern()),
+                times,
+                dtype,
+                format_shape(shape),
+                format_bytes(num_bytes * row.count),
+            )
         )
     widths = [min(max((len(line[i]) for line in table), default=0), 90) for i in range(4)]
     return [
@@ -141,11 +151,13 @@ def _convert(report: Report, verbose: bool) -> list[str]:
     summary, extra = report.summary, report.extra
     lines = []
     prefix = extra["prefix"]
-    what = [f"{summary['renamed']} renamed ({prefix} removed)" if summary["renamed"] else "names kept"]
+    what = [
+        f"{summary['renamed']} renamed ({prefix} removed)" if summary["renamed"] else "names kept"
+    ]
     what.append(f"{summary['cast']} cast to {extra['dtype']}" if summary["cast"] else "no cast")
     lines.append(
-        f"plan       {count(summary['num_tensors'], 'tensor')}, {format_bytes(summary['num_bytes'])} "
-        f"as {extra['format']}; " + ", ".join(what)
+        f"plan       {count(summary['num_tensors'], 'tensor')}, "
+        f"{format_bytes(summary['num_bytes'])} as {extra['format']}; " + ", ".join(what)
     )
     verb = "would write" if extra["dry_run"] else "wrote"
     for file in _some(summary["files"], verbose):
@@ -159,8 +171,8 @@ def _convert(report: Report, verbose: bool) -> list[str]:
         lines += ["", *_tensor_rows(extra["plan"]), "", "nothing written (--dry-run)"]
     elif extra["verified"]:
         lines.append(
-            f"verified   {summary['verified']}/{summary['num_tensors']} tensors read back and compared "
-            "with the source bit for bit" + (" after the cast" if summary["cast"] else "")
+            f"verified   {summary['verified']}/{summary['num_tensors']} tensors read back and "
+            "compared with the source bit for bit" + (" after the cast" if summary["cast"] else "")
         )
     else:
         lines.append("verified   not run (--no-verify)")
@@ -171,7 +183,7 @@ def _joined(dst: str, name: str, is_folder: bool) -> str:
     return f"{dst.rstrip('/')}/{name}" if is_folder else dst
 
 
-def _verify(report: Report, verbose: bool) -> list[str]:
+def _verify(report: Report) -> list[str]:
     summary = report.summary
     total = sum(summary[name] for name in ("bit_exact", "cast", "different", "missing"))
     rows = [
@@ -212,7 +224,8 @@ def _findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
             continue
         names = _listed([f"`{escape(f.key)}`" if f.key else f.detail for f in group[:3]])
         lines.append(
-            f"note {group[0].code}  {group[0].title}: {names} and {len(group) - 3} more, see -v or --json"
+            f"note {group[0].code}  {group[0].title}: {names} and {len(group) - 3} more, "
+            "see -v or --json"
         )
     return lines
 
