@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +31,12 @@ from flamingo_ckpt.stream import (
     OnBytes,
     cast_findings,
     check_storages,
+    check_unchanged,
     derive,
     largest_first,
     run_tasks,
     unchecked_storages,
 )
-from flamingo_ckpt.tensors import Manifest
 from flamingo_ckpt.write_plan import (
     DIGEST_PLACEHOLDER,
     ConvertOptions,
@@ -127,7 +128,7 @@ def _run_file(
         with _syncing([staging]):
             if read_back is not None:
                 read_back(staging)
-        _check_unchanged(plan.source)
+        check_unchanged(plan.source)
     return derived
 
 
@@ -155,7 +156,7 @@ def _run_folder(
             write_synced(os.path.join(staging, write.index[0]), write.index[1])
             # Headers only: the index must fit the shards that were just written.
             open_checkpoint(staging, npy_bfloat16=True)
-        _check_unchanged(plan.source)
+        check_unchanged(plan.source)
     return derived
 
 
@@ -237,16 +238,9 @@ def _copy_files(src: str, dst: str, names: tuple[str, ...]) -> None:
     for name in names:
         target = os.path.join(dst, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(os.path.join(src, name), "rb") as file:
-            write_synced(target, file.read())
+        shutil.copyfile(os.path.join(src, name), target)
+        _sync_file(target)
         sync_folder(os.path.dirname(target))
-
-
-def _check_unchanged(manifest: Manifest) -> None:
-    for source in manifest.sources:
-        check: Callable[[], None] | None = getattr(source, "check_unchanged", None)
-        if check is not None:
-            check()
 
 
 def _losses(plan: Plan, derived: Mapping[str, Derived]) -> list[Finding]:

@@ -20,6 +20,8 @@ from flamingo_ckpt.tensors import (
     DType,
     Manifest,
     TensorInfo,
+    contiguous_strides,
+    distinct,
     escape,
     has_control,
 )
@@ -39,6 +41,7 @@ class PlanOptions:
     exclude: tuple[str, ...] = ()
     dtype: str = "keep"
     max_expansion: float = 1.0
+    untie: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +146,10 @@ def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
             continue
         names[name] = tensor
         renamed += name != tensor.name
-        groups.setdefault(tensor.identity, []).append(name)
-        sources.setdefault(tensor.identity, tensor)
-    _check_views(list(sources.values()), options.max_expansion, where)
+        group = (name,) if options.untie else tensor.identity
+        groups.setdefault(group, []).append(name)
+        sources.setdefault(group, tensor)
+    _check_views(distinct(sources.values()), options.max_expansion, where)
     steps = tuple(
         Step(
             source=sources[identity],
@@ -165,7 +169,7 @@ def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
         dropped=tuple(dropped),
         renamed=renamed,
         prefix=describe_prefixes(removed),
-        findings=tuple(_tied_findings(steps)),
+        findings=(*_tied_findings(steps), *_overlap_findings(steps)),
     )
 
 
@@ -284,3 +288,33 @@ def _tied_findings(steps: Iterable[Step]) -> list[Finding]:
         for step in steps
         if step.aliases
     ]
+
+
+def _overlap_findings(steps: Iterable[Step]) -> list[Finding]:
+    """Views that share some bytes: each is written out, so the destination is larger."""
+    extents: dict[int, list[tuple[int, int, str]]] = {}
+    for step in steps:
+        source = step.source
+        if source.storage is None or source.num_bytes == 0:
+            continue
+        strides = source.strides or contiguous_strides(source.shape)
+        last = sum((n - 1) * s for n, s in zip(source.shape, strides, strict=True))
+        end = source.offset_bytes + (last + 1) * source.dtype.bits // 8
+        extents.setdefault(id(source.storage), []).append((source.offset_bytes, end, step.name))
+    found: list[Finding] = []
+    for group in extents.values():
+        reach, before = 0, ""
+        for begin, end, name in sorted(group):
+            if begin < reach:
+                found.append(
+                    Finding(
+                        code="FC211",
+                        severity="info",
+                        key=name,
+                        detail=f"`{escape(name)}` shares bytes with `{escape(before)}`; "
+                        "each is written out in full, the sharing is lost",
+                    )
+                )
+            if end > reach:
+                reach, before = end, name
+    return found

@@ -18,7 +18,7 @@ from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.formats.checksum import crc32, new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc, read_blocks, read_whole_crc
 from flamingo_ckpt.plan import Step
-from flamingo_ckpt.tensors import Storage, TensorInfo, escape
+from flamingo_ckpt.tensors import Manifest, Storage, TensorInfo, escape
 
 #: Called with the number of bytes just done; from several threads.
 OnBytes = Callable[[int], None]
@@ -176,6 +176,14 @@ def check_storages(storages: Sequence[Storage], on_bytes: OnBytes) -> None:
         on_bytes(storage.num_bytes)
 
     run_tasks(storages, work)
+
+
+def check_unchanged(manifest: Manifest) -> None:
+    """Raise FC007 where a file is no longer the one that was opened."""
+    for source in manifest.sources:
+        check: Callable[[], None] | None = getattr(source, "check_unchanged", None)
+        if check is not None:
+            check()
 
 
 def largest_first(steps: Iterable[Step]) -> list[Step]:

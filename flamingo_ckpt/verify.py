@@ -20,6 +20,7 @@ from flamingo_ckpt.stream import (
     OnBytes,
     cast_findings,
     check_storages,
+    check_unchanged,
     derive,
     largest_first,
     run_tasks,
@@ -106,9 +107,12 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
             finding = _bits_differ(step, tensor, found) if found else None
         return step, tensor, derived, finding
 
+    results = run_tasks(pairs, work)
+    check_unchanged(plan.source)
+    check_unchanged(dst)
     good: dict[str, bool] = {}
     digests: dict[str, str] = {}
-    for step, tensor, derived, finding in run_tasks(pairs, work):
+    for step, tensor, derived, finding in results:
         group = [
             name
             for name in (step.name, *step.aliases)

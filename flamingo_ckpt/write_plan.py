@@ -288,6 +288,20 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
         )
         for item in plan.dropped
     ]
+    if write.format == "safetensors" and _is_untied_in_config(plan.source.folder):
+        found += [
+            Finding(
+                code="FC210",
+                severity="warning",
+                key=step.name,
+                detail=f"`config.json` says the model is not tied, and the file shares "
+                f"`{escape(step.name)}` with {name_some([escape(name) for name in step.aliases])}: "
+                "a loader that follows the config will miss them",
+                hint="write a copy for every name: --untie",
+            )
+            for step in plan.steps
+            if step.aliases
+        ]
     left = [(name, reason) for name, reason in write.files.left]
     if not options.copy_code:
         left += [(name, "code or pickle; --copy-code takes it") for name in write.files.code]
@@ -311,3 +325,13 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
             )
         )
     return found
+
+
+def _is_untied_in_config(folder: str | None) -> bool:
+    """Whether a release's own config says that input and output embeddings are separate."""
+    try:
+        with open(os.path.join(folder or "", "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False  # no config to contradict; the file itself goes along as it is
+    return isinstance(config, dict) and config.get("tie_word_embeddings") is False

@@ -40,6 +40,9 @@ Examples:
     metavar="SIZE",
     help="Split a folder's weights into files of at most SIZE. Default: 5GB.",
 )
+@click.option(
+    "--untie", is_flag=True, help="Write a copy for every tied name instead of storing it once."
+)
 @click.option("--copy-code", is_flag=True, help="Take .py files and pickles of a folder along.")
 @click.option(
     "--record-source",
@@ -79,6 +82,7 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
             exclude=chosen["exclude"],
             dtype=chosen["dtype"],
             max_expansion=chosen["max_expansion"],
+            untie=chosen["untie"],
         ),
     )
     options = ConvertOptions(

@@ -9,7 +9,8 @@ import ast
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError
@@ -62,11 +63,9 @@ def read_npz(source: ByteSource, archive: ZipArchive, *, bfloat16: bool = False)
         name = record.removesuffix(".npy")
         if not name:
             raise FormatError("an array has no name", code="FC106", where=source.name)
-        data, offset = archive.locate(record)
         tensors.append(
             _read_array(
-                data,
-                offset,
+                partial(archive.locate, record),
                 entry.num_bytes,
                 name=name,
                 where=f"{source.name}: {escape(record)}",
@@ -87,7 +86,12 @@ def read_npz(source: ByteSource, archive: ZipArchive, *, bfloat16: bool = False)
 def read_npy(source: ByteSource, *, bfloat16: bool = False) -> Manifest:
     """The manifest of one array; it is named `arr_0`, as `numpy.savez` would."""
     tensor = _read_array(
-        source, 0, source.size, name="arr_0", where=source.name, crc=None, bfloat16=bfloat16
+        lambda: (source, 0),
+        source.size,
+        name="arr_0",
+        where=source.name,
+        crc=None,
+        bfloat16=bfloat16,
     )
     return Manifest(
         uri=source.name,
@@ -99,8 +103,7 @@ def read_npy(source: ByteSource, *, bfloat16: bool = False) -> Manifest:
 
 
 def _read_array(
-    source: ByteSource,
-    offset: int,
+    locate: Callable[[], tuple[ByteSource, int]],
     length: int,
     *,
     name: str,
@@ -108,7 +111,7 @@ def _read_array(
     crc: int | None,
     bfloat16: bool,
 ) -> TensorInfo:
-    header, header_bytes = _read_header(source, offset, length, where)
+    header, header_bytes = _read_header(*locate(), length, where)
     dtype, byteorder = _read_dtype(header["descr"], name, where, bfloat16)
     shape, fortran = header["shape"], header["fortran_order"]
     if (
@@ -129,7 +132,7 @@ def _read_array(
     storage = Storage(
         key=name,
         num_bytes=length,
-        locate=lambda: (source, offset),
+        locate=locate,
         crc32=crc or None,
         where=where,
     )

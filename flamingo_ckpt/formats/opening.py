@@ -86,7 +86,14 @@ def read_source(
 ) -> Manifest:
     """The manifest of one file behind any byte source. Errors name the source."""
     try:
-        return _read(source, wrapper_key, npy_bfloat16)
+        manifest = _read(source, wrapper_key, npy_bfloat16)
+        if wrapper_key is not None and manifest.format not in ("torch-zip", "torch-legacy"):
+            raise CkptError(
+                f"--wrapper-key is for torch files that hold a dict, this is {manifest.format}",
+                code="FC006",
+                hint="leave it out",
+            )
+        return manifest
     except CkptError as error:
         raise error.at(source.name) from error.__cause__
 

@@ -33,7 +33,7 @@ _DANGEROUS_MODULES = frozenset(
     torch.cuda.jiterator torch.distributed.elastic torch.distributed.launch
     torch.distributed.rpc torch.distributed.run torch.export torch.fx torch.hub torch.jit
     torch.library torch.multiprocessing torch.onnx torch.ops torch.package torch.profiler
-    torch.serialization torch.testing torch.utils
+    torch.serialization torch.testing torch.utils torch.utils.data.datapipes
     """.split()
 )
 #: Python 2 and 3 builtins: only these plain types are harmless, every other name refuses.
@@ -80,14 +80,15 @@ _DANGEROUS_EXACT = frozenset(
         ("pandas", "read_pickle"),
     }
 )
-# Plain data that training checkpoints carry, from modules that are refused otherwise.
+# Plain data that training checkpoints carry, from modules that are refused otherwise; the longest
+# module name that is listed decides.
+_HARMLESS_MODULES = frozenset({"torch.utils.data", "torch.utils.hooks"})
 _HARMLESS_EXACT = frozenset(
     {
         ("copy_reg", "_reconstructor"),
         ("copyreg", "_reconstructor"),
         ("_io", "BytesIO"),
         ("io", "BytesIO"),
-        ("torch.utils.data", "Subset"),
         ("torch.jit._pickle", "build_intlist"),
         ("torch.jit._pickle", "build_doublelist"),
         ("torch.jit._pickle", "build_boollist"),
@@ -112,8 +113,12 @@ def is_dangerous(module: str, name: str) -> bool:
     if (module, name) in _DANGEROUS_EXACT:
         return True
     parts = module.split(".")
-    if any(".".join(parts[:end]) in _DANGEROUS_MODULES for end in range(1, len(parts) + 1)):
-        return True
+    for end in range(len(parts), 0, -1):
+        package = ".".join(parts[:end])
+        if package in _DANGEROUS_MODULES:
+            return True
+        if package in _HARMLESS_MODULES:
+            break
     # A dotted name walks attributes: `torch` + `serialization.os.system` is `os.system`.
     walked = name.split(".")
     if len(walked) > 1 and any(part in _DANGEROUS_MODULES for part in walked[:-1]):

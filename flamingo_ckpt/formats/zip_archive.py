@@ -8,7 +8,6 @@ must say the same before a byte of it is used. Spec: PKWARE APPNOTE 6.3.10.
 from __future__ import annotations
 
 import struct
-import threading
 from dataclasses import dataclass
 
 from flamingo_ckpt.errors import FormatError
@@ -62,18 +61,22 @@ class ZipArchive:
         self._directory_offset, directory, count = self._find_directory()
         self.entries = self._parse_directory(directory, count)
         self._limits = self._lay_out()
-        self._located: dict[str, tuple[ByteSource, int]] = {}
-        self._lock = threading.Lock()
+        self._begins: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
     def locate(self, name: str) -> tuple[ByteSource, int]:
         """(source, offset) of a record's bytes, after its local header has been checked."""
-        with self._lock:
-            if name not in self._located:
-                self._located[name] = self._locate(self.entries[name])
-            return self._located[name]
+        entry = self.entries[name]
+        begin = self._begins.get(name)
+        if begin is None:
+            begin = self._begins[name] = self._find_payload(entry)
+        if entry.method == _STORED:
+            return self.source, begin
+        # A new one each time: a decompressor's window is not kept for every record.
+        label = f"{self._where}:{escape(name)}"
+        return InflatedSource(self.source, begin, entry.stored_bytes, entry.num_bytes, label), 0
 
     def read(self, name: str, limit: int) -> bytes:
         """A whole small record, its CRC checked. Raises FC111 above `limit` bytes."""
@@ -223,7 +226,8 @@ class ZipArchive:
 
     # -- local headers
 
-    def _locate(self, entry: ZipEntry) -> tuple[ByteSource, int]:
+    def _find_payload(self, entry: ZipEntry) -> int:
+        """Offset of the payload, once the local header is found to agree with the directory."""
         name = escape(entry.name)
         fixed = self.source.read(entry.header_offset, 30)
         if fixed[:4] != LOCAL_MAGIC:
@@ -244,12 +248,9 @@ class ZipArchive:
             entry.num_bytes,
         ):
             raise self._bad(f"the header of record `{name}` gives another size or CRC-32")
-        begin = entry.header_offset + 30 + name_len + extra_len
+        begin = int(entry.header_offset + 30 + name_len + extra_len)
         self._check_extent(entry, begin)
-        if entry.method == _STORED:
-            return self.source, begin
-        label = f"{self._where}:{name}"
-        return InflatedSource(self.source, begin, entry.stored_bytes, entry.num_bytes, label), 0
+        return begin
 
     def _check_extent(self, entry: ZipEntry, begin: int) -> None:
         """The payload, and its descriptor where there is one, end right at the next record."""
