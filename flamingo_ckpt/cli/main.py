@@ -102,7 +102,7 @@ def _usage(error: click.UsageError) -> CkptError:
 
 def _interrupted(word: str) -> CkptError:
     return CkptError(
-        f"{word}; nothing was put in place",
+        f"{word}; the destination is as it was before",
         code="FC010",
         hint="run the same command again to start over",
     )

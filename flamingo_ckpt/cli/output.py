@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import click
 
-from flamingo_ckpt.errors import CkptError, Finding
-from flamingo_ckpt.formats.staging import staged_file, write_at_path
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report, to_document
 
 #: `--output` suffixes that can be written.
@@ -55,7 +54,7 @@ class Output:
             self._talk(text.render_error(finding, where))
         elif not self.quiet:
             for line in text.render(report, verbose=self.verbose):
-                click.echo(self._paint(line, sys.stdout.isatty()), color=self._wants_color(True))
+                click.echo(_paint(line), color=self._wants_color(True))
 
     def _write(self, report: Report) -> None:
         path = self.output or ""
@@ -65,28 +64,21 @@ class Output:
             content = to_markdown(report) + "\n"
         else:
             content = json.dumps(to_document(report), indent=2) + "\n"
+        # Here, because --help and a failed parse need none of it.
+        from flamingo_ckpt.formats.staging import staged_file, write_at_path
+
         with staged_file(path, overwrite=True) as staging:
             write_at_path(staging, content.encode("utf-8"))
 
     def _talk(self, lines: Sequence[str]) -> None:
         for line in lines:
-            click.echo(
-                self._paint(line, sys.stderr.isatty()), err=True, color=self._wants_color(False)
-            )
+            click.echo(_paint(line), err=True, color=self._wants_color(False))
 
     def _wants_color(self, stdout: bool) -> bool:
         if self.color != "auto":
             return self.color == "always"
         stream = sys.stdout if stdout else sys.stderr
         return stream.isatty() and not os.environ.get("NO_COLOR")
-
-    def _paint(self, line: str, _is_terminal: bool) -> str:
-        word = line.lstrip().split(" ", 1)[0].rstrip(":")
-        color = _COLORS.get(word)
-        if color is None:
-            return line
-        at = line.index(word)
-        return line[:at] + click.style(word, fg=color, bold=True) + line[at + len(word) :]
 
     @contextmanager
     def progress_bar(self, phases: Sequence[tuple[str, int]]) -> Iterator[Progress]:
@@ -156,4 +148,11 @@ def error_report(
     )
 
 
-__all__ = ["Finding", "Output", "Progress", "error_report"]
+def _paint(line: str) -> str:
+    """Colour the word a line begins with; click takes it out again where none is wanted."""
+    word = line.lstrip().split(" ", 1)[0].rstrip(":")
+    color = _COLORS.get(word)
+    if color is None:
+        return line
+    at = line.index(word)
+    return line[:at] + click.style(word, fg=color, bold=True) + line[at + len(word) :]

@@ -106,7 +106,8 @@ def _read(source: ByteSource, wrapper_key: str | None, npy_bfloat16: bool) -> Ma
         return _read_zip(source, wrapper_key, npy_bfloat16)
     if looks_like_safetensors(head):
         return read_safetensors(source)
-    from flamingo_ckpt.formats.npz import NPY_MAGIC, read_npy
+    from flamingo_ckpt.formats.npy import NPY_MAGIC
+    from flamingo_ckpt.formats.npz import read_npy
     from flamingo_ckpt.formats.torch_legacy import MAGIC_PICKLE, read_torch_legacy
 
     if head.startswith(MAGIC_PICKLE):

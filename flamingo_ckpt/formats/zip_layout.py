@@ -71,7 +71,7 @@ class ZipLayout:
         wide = len(head) + num_bytes >= _MASK32
         extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
         if self._alignment > 1:
-            # The field's own four bytes count; where fewer are left, one alignment more is used.
+            # The padding field's own four bytes stand before what it pads.
             begin = at + 30 + len(encoded) + len(extra) + 4
             extra += struct.pack("<2sH", b"FB", -begin % self._alignment)
             extra += b"Z" * (-begin % self._alignment)

@@ -127,7 +127,7 @@ def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
                 format_bytes(num_bytes * row.count),
             )
         )
-    widths = [min(max((len(line[i]) for line in table), default=0), 90) for i in range(4)]
+    widths = [min(max((len(line[i]) for line in table), default=0), 100) for i in range(4)]
     return [
         "  "
         + "  ".join(
