@@ -208,9 +208,11 @@ def _target_name(name: str, keep_prefix: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_name(name: str, where: str) -> None:
-    if not name or has_control(name):
+    half_pair = any("\ud800" <= char <= "\udfff" for char in name)
+    if not name or has_control(name) or half_pair:
+        what = "half a surrogate pair" if half_pair else "control characters"
         raise CkptError(
-            f"`{escape(name)}` is empty or holds control characters: not a tensor name",
+            f"`{escape(name)}` is empty or holds {what}: not a tensor name",
             code="FC505",
             where=where,
             key=name,

@@ -150,6 +150,8 @@ def error_report(
 
 def _paint(line: str) -> str:
     """Colour the word a line begins with; click takes it out again where none is wanted."""
+    # A file name that is not UTF-8 must not keep its own error message from being printed.
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
     word = line.lstrip().split(" ", 1)[0].rstrip(":")
     color = _COLORS.get(word)
     if color is None:

@@ -262,8 +262,13 @@ def _with_aliases(
         aliases = parse_json_object(
             metadata[ALIASES_KEY].encode("utf-8"), f"{where}: {ALIASES_KEY}"
         )
-        bad = [alias for alias, name in aliases.items() if alias in stored or name not in stored]
-        if bad or any(has_control(alias) for alias in aliases):
+        if not all(
+            isinstance(name, str)
+            and name in stored
+            and alias not in stored
+            and not has_control(alias)
+            for alias, name in aliases.items()
+        ):
             raise FormatError(
                 "the recorded aliases do not fit the tensors of the file",
                 code="FC101",

@@ -13,7 +13,7 @@ from flamingo_ckpt.errors import Finding, FormatError
 from flamingo_ckpt.formats.pickle_globals import STORAGE_DTYPES, storage_class
 from flamingo_ckpt.formats.pickle_machine import Pickled, read_pickle
 from flamingo_ckpt.formats.pickle_nodes import Global, Mapping
-from flamingo_ckpt.formats.torch_objects import TorchObjects
+from flamingo_ckpt.formats.torch_objects import TorchObjects, describe, is_natural
 from flamingo_ckpt.formats.torch_zip import classify_globals, unknown_findings
 from flamingo_ckpt.formats.wrapper import select_weights
 from flamingo_ckpt.tensors import DTYPES, ByteSource, Manifest, Storage, escape
@@ -94,7 +94,7 @@ def _declared_extents(pickled: Pickled, where: str) -> dict[str, tuple[int, int]
         if type(pid) is not tuple or len(pid) not in (5, 6) or type(pid[2]) is not str:
             raise _bad("a storage id is malformed", where)
         kind, key, numel = pid[1], pid[2], pid[4]
-        if not isinstance(kind, Global) or type(numel) is not int or numel < 0:
+        if not isinstance(kind, Global) or not is_natural(numel):
             raise _bad(f"the id of storage `{escape(key)}` is malformed", where)
         extent = (numel, _width(kind, key, where))
         if extents.setdefault(key, extent) != extent:
@@ -129,7 +129,7 @@ def _lay_out(
     storages: dict[str, Storage] = {}
     for key in keys:
         if type(key) is not str or key not in extents or key in storages:
-            raise _bad(f"the storage key {escape(str(key)[:80])!r} is unknown or repeated", where)
+            raise _bad(f"the storage key `{escape(describe(key))}` is unknown or repeated", where)
         stored = int.from_bytes(source.read(at, 8), "little")
         numel, width = extents[key]
         if stored != numel:

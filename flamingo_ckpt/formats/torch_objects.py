@@ -143,8 +143,10 @@ class TorchObjects:
             raise self._bad(f"`{escape(name)}` is rebuilt from {len(args)} arguments")
         ref = self.storage(args[0], name)
         offset, shape, strides = args[1], self._ints(args[2], name), self._ints(args[3], name)
-        if type(offset) is not int or offset < 0:
-            raise self._bad(f"`{escape(name)}` has a storage offset that is not a natural number")
+        if not is_natural(offset):
+            raise self._bad(
+                f"`{escape(name)}` has a storage offset that is not a natural number", "FC103"
+            )
         if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
             raise self._bad(f"`{escape(name)}` has {len(shape)} sizes and {len(strides)} strides")
         self._refuse_lazy(args[most - 1] if len(args) == most and most > 4 else None, name)
@@ -209,8 +211,10 @@ class TorchObjects:
         kind, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(kind, Global) or type(key) is not str:
             raise self._bad(f"`{escape(name)}` has a malformed storage id")
-        if type(numel) is not int or numel < 0:
-            raise self._bad(f"`{escape(name)}` has a storage of {numel!r} elements")
+        if not is_natural(numel):
+            raise self._bad(
+                f"`{escape(name)}` has a storage of {describe(numel)} elements", "FC103"
+            )
         dtype = self._storage_dtype(kind, name)
         width = dtype.bits // 8 if dtype else 1
         storage = self._find_storage(key, numel * width)
@@ -224,7 +228,7 @@ class TorchObjects:
         if type(view) is not tuple or len(view) != 3:
             raise self._bad(f"`{escape(name)}` has a malformed storage view")
         offset, size = view[1], view[2]
-        if type(offset) is not int or type(size) is not int or offset < 0 or size < 0:
+        if not is_natural(offset) or not is_natural(size):
             raise self._bad(f"`{escape(name)}` has a malformed storage view")
         if (offset + size) * width > length:
             raise self._bad(f"`{escape(name)}` is a view past the end of its storage", "FC103")
@@ -247,7 +251,7 @@ class TorchObjects:
         if isinstance(node, Global) and node.module == "torch" and node.name in TORCH_DTYPES:
             return TORCH_DTYPES[node.name]
         raise FormatError(
-            f"`{escape(name)}` has the dtype `{escape(str(node))}`, which is not known",
+            f"`{escape(name)}` has the dtype `{escape(describe(node))}`, which is not known",
             code="FC306",
         )
 
@@ -258,7 +262,7 @@ class TorchObjects:
         values = tuple(node) if type(node) is list else node
         if type(values) is not tuple or any(type(value) is not int for value in values):
             raise self._bad(f"`{escape(name)}` has a shape or strides that are not integers")
-        if any(not 0 <= value < 1 << 63 for value in values):
+        if not all(is_natural(value) for value in values):
             raise self._bad(f"`{escape(name)}` has a negative or too large size or stride", "FC103")
         return tuple(values)
 
@@ -268,7 +272,8 @@ class TorchObjects:
             return
         if not isinstance(metadata, Mapping):
             raise self._bad(f"`{escape(name)}` has malformed tensor metadata")
-        bits = [str(key) for key, value in metadata.pairs if key in ("conj", "neg") and value]
+        lazy = {"conj", "neg"}
+        bits = [key for key, on in metadata.pairs if type(key) is str and key in lazy and on]
         if bits:
             raise FormatError(
                 f"`{escape(name)}` is a lazy {' and '.join(bits)} view: "
@@ -286,6 +291,11 @@ class TorchObjects:
 
     def _bad(self, message: str, code: str = "FC110") -> FormatError:
         return FormatError(message, code=code)
+
+
+def is_natural(value: Any) -> bool:
+    """Whether it is an int that a size or an offset can be: 0 to 2**63 - 1."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def entries(node: Any) -> list[tuple[Any, Any]] | None:

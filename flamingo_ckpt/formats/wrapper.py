@@ -113,7 +113,10 @@ def _choose(root: Any, wrapper_key: str | None, where: str) -> _Candidate:
 def _refuse_better_unknown(root: Any, best: tuple[int, ...], where: str) -> None:
     """A pickled module under `model` must not be passed over silently for an average beside it."""
     for key, value in entries(root) or []:
-        if key not in WRAPPER_KEYS or (WRAPPER_KEYS.index(key),) >= best:
+        # The type first: a key may be a structure whose comparison never ends.
+        if type(key) is not str or key not in WRAPPER_KEYS:
+            continue
+        if (WRAPPER_KEYS.index(key),) >= best:
             continue
         unknown = unknown_class(value)
         if unknown and count_tensors(value):
@@ -147,7 +150,7 @@ def _candidates(at: _Candidate, depth: int) -> list[_Candidate]:
         return []
     if _num_direct(at.node):
         # Weights below weights are part of them, except under a key that says otherwise.
-        named = [(key, value) for key, value in pairs if key in WRAPPER_KEYS or key in EMA_KEYS]
+        named = [(key, value) for key, value in pairs if type(key) is str and _is_wrapper(key)]
         own = [at]
     else:
         named, own = pairs, []
@@ -156,6 +159,10 @@ def _candidates(at: _Candidate, depth: int) -> list[_Candidate]:
         if type(key) is str and not _is_training_state(key):
             below += _candidates(_Candidate((*at.path, key), value), depth + 1)
     return own + below
+
+
+def _is_wrapper(key: str) -> bool:
+    return key in WRAPPER_KEYS or key in EMA_KEYS
 
 
 def _is_training_state(key: str) -> bool:
@@ -231,7 +238,8 @@ def _read(
         else:
             beside.append(_inside(chosen, name, value, where))
     for key, value in state_entries(chosen.node):
-        beside.append(Beside(path=_join(chosen.path, str(key)), kind=describe(value)))
+        name = key if type(key) is str else describe(key)
+        beside.append(Beside(path=_join(chosen.path, name), kind=describe(value)))
     return tuple(tensors), beside
 
 
@@ -269,7 +277,7 @@ def _siblings(root: Any, path: tuple[str, ...]) -> list[Beside]:
     for depth, step in enumerate(path):
         following = None
         for key, value in entries(node) or []:
-            if key == step and following is None:
+            if type(key) is str and key == step and following is None:
                 following = value
                 continue
             name = key if type(key) is str else describe(key)
