@@ -41,6 +41,7 @@ from flamingo_ckpt.write_plan import (
     DIGEST_PLACEHOLDER,
     ConvertOptions,
     WritePlan,
+    is_kept,
     omissions,
     plan_write,
     planned_files,
@@ -141,7 +142,7 @@ def _run_folder(
 ) -> dict[str, Derived]:
     steps = {step.name: step for step in plan.steps}
     derived: dict[str, Derived] = {}
-    with staged_folder(write.dst, overwrite=options.overwrite, keep=list(write.kept)) as staging:
+    with staged_folder(write.dst, overwrite=options.overwrite, keep=is_kept) as staging:
         paths = [os.path.join(staging, layout.file) for layout in write.layouts]
         for path, layout in zip(paths, write.layouts, strict=True):
             derived |= _write_file(path, layout, steps, on_bytes)

@@ -59,7 +59,6 @@ class WritePlan:
         index: name and content of the index, where there are shards.
         files: what goes along from the source folder.
         copied: the relative names of those that are copied.
-        kept: names in an existing destination folder that stay.
     """
 
     dst: str
@@ -69,7 +68,6 @@ class WritePlan:
     index: tuple[str, bytes] | None
     files: FolderFiles
     copied: tuple[str, ...]
-    kept: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -113,7 +111,6 @@ def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
         index=_index(format, names, shards) if len(shards) > 1 else None,
         files=files,
         copied=copied,
-        kept=tuple(_kept(dst)) if is_folder else (),
     )
 
 
@@ -261,11 +258,9 @@ def _refuse_same(manifest: Manifest, dst: str, is_folder: bool) -> None:
             )
 
 
-def _kept(dst: str) -> list[str]:
-    """What stays in a folder that is replaced: everything that no checkpoint writer made."""
-    if not os.path.isdir(dst):
-        return []
-    return sorted(name for name in os.listdir(dst) if not WEIGHT_FILES.fullmatch(name))
+def is_kept(name: str) -> bool:
+    """Whether an entry of a folder that is replaced stays: no checkpoint writer made it."""
+    return WEIGHT_FILES.fullmatch(name) is None
 
 
 def planned_files(plan: Plan, write: WritePlan) -> list[tuple[str, int]]:

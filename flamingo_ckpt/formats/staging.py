@@ -11,7 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flamingo_ckpt.errors import WriteError
@@ -29,9 +29,9 @@ def staged_file(dst: str, *, overwrite: bool) -> Iterator[str]:
     Raises:
         WriteError: FC003 where `dst` exists and may not be replaced, FC004 where it cannot be.
     """
+    recover(dst)
     check_replaceable(dst, overwrite=overwrite, folder=False)
     with _explained(dst):
-        _remove_stale(dst)
         staging = _staging_name(dst)
         # 0o666 leaves the mode to the umask, as `cp` does.
         fd = os.open(
@@ -55,21 +55,22 @@ def staged_file(dst: str, *, overwrite: bool) -> Iterator[str]:
 
 
 @contextmanager
-def staged_folder(dst: str, *, overwrite: bool, keep: list[str]) -> Iterator[str]:
+def staged_folder(dst: str, *, overwrite: bool, keep: Callable[[str], bool]) -> Iterator[str]:
     """Give the path of a new folder beside `dst`; exchange it with `dst` when the body succeeds.
 
     Args:
         dst: the folder to make or replace.
         overwrite: whether it may exist with something in it.
-        keep: names in the existing folder that go along, unless the body made its own.
+        keep: whether an entry of the existing folder goes along, by its name; one that the body
+            made itself is never replaced.
 
     Raises:
         WriteError: FC003 or FC004.
     """
     dst = dst.rstrip("/") or "/"
+    recover(dst)
     check_replaceable(dst, overwrite=overwrite, folder=True)
     with _explained(dst):
-        _remove_stale(dst)
         staging = _staging_name(dst)
         os.mkdir(staging, 0o777)
         fd = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -77,9 +78,10 @@ def staged_folder(dst: str, *, overwrite: bool, keep: list[str]) -> Iterator[str
         with _explained(dst):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield staging
-            _keep_entries(dst, staging, keep)
+            if os.path.isdir(dst):
+                _keep_entries(dst, staging, [name for name in os.listdir(dst) if keep(name)])
             os.fsync(fd)
-            replaced = _put_folder(staging, dst)
+            replaced = _put_folder(staging, dst, overwrite=overwrite)
             sync_folder(os.path.dirname(dst) or ".")
             if replaced:
                 shutil.rmtree(replaced)
@@ -179,14 +181,21 @@ def _staging_name(dst: str, mark: str = _MARK) -> str:
     return os.path.join(folder, f".{name[:200]}{mark}{secrets.token_hex(6)}")
 
 
-def _remove_stale(dst: str) -> None:
+def recover(dst: str) -> None:
     """Remove what a killed run left for this destination; a live one holds its lock.
 
     Where there is no renameat2, a run can be killed between its two renames: then the old folder
-    stands aside and is put back first.
+    stands aside, and is put back before anything is decided about it.
     """
-    folder, name = os.path.split(dst)
+    folder, name = os.path.split(dst.rstrip("/"))
     folder = folder or "."
+    if not os.path.isdir(folder):
+        return
+    with _explained(dst):
+        _recover(dst.rstrip("/"), folder, name)
+
+
+def _recover(dst: str, folder: str, name: str) -> None:
     for entry in os.listdir(folder):
         if entry.startswith(f".{name[:200]}{_ASIDE}"):
             aside = os.path.join(folder, entry)
@@ -232,16 +241,21 @@ def _link_or_copy(src: str, dst: str) -> None:
         shutil.copy2(src, dst, follow_symlinks=False)
 
 
-def _put_folder(staging: str, dst: str) -> str | None:
+def _put_folder(staging: str, dst: str, *, overwrite: bool) -> str | None:
     """Move the staged folder to `dst`; returns where the old one is now, if there was one."""
     if not os.path.lexists(dst):
         _rename_new(staging, dst)
         return None
     if _renameat2(staging, dst, _RENAME_EXCHANGE):
+        if not overwrite and os.listdir(staging):
+            _renameat2(staging, dst, _RENAME_EXCHANGE)
+            raise _came_meanwhile(dst)
         return staging
     aside = _staging_name(dst, _ASIDE)
     os.rename(dst, aside)
     try:
+        if not overwrite and os.listdir(aside):
+            raise _came_meanwhile(dst)
         os.rename(staging, dst)
     except BaseException:
         os.rename(aside, dst)
@@ -253,8 +267,12 @@ def _rename_new(staging: str, dst: str) -> None:
     """Rename, but never over something that came into being meanwhile."""
     if not _renameat2(staging, dst, _RENAME_NOREPLACE):
         if os.path.lexists(dst):
-            raise FileExistsError(errno.EEXIST, "came into being meanwhile", dst)
+            raise _came_meanwhile(dst)
         os.rename(staging, dst)
+
+
+def _came_meanwhile(dst: str) -> OSError:
+    return FileExistsError(errno.EEXIST, "it came into being meanwhile", dst)
 
 
 def _renameat2(src: str, dst: str, flags: int) -> bool:
