@@ -101,7 +101,7 @@ def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
     )
     files = FolderFiles(carried=(), code=(), left=())
     if is_folder and plan.source.folder is not None:
-        files = sort_files(plan.source.folder, _weight_files(plan.source))
+        files = sort_files(plan.source.folder, _weight_files(plan.source), skip=dst)
     copied = (*files.carried, *(files.code if options.copy_code else ()))
     return WritePlan(
         dst=dst,

@@ -49,8 +49,13 @@ class FolderFiles:
     left: tuple[tuple[str, str], ...]
 
 
-def sort_files(folder: str, weights: set[str]) -> FolderFiles:
+def sort_files(folder: str, weights: set[str], skip: str = "") -> FolderFiles:
     """Sort the files of `folder`, except those in `weights`.
+
+    Args:
+        folder: the source.
+        weights: relative names of the files that are read.
+        skip: a path that is not looked into: the destination, should it lie in the source.
 
     Raises:
         UnsafeError: FC503 for a link that leads out of the folder, unless it is to be left anyway.
@@ -58,7 +63,7 @@ def sort_files(folder: str, weights: set[str]) -> FolderFiles:
     carried: list[str] = []
     code: list[str] = []
     left: list[tuple[str, str]] = []
-    for relative in _walk(folder):
+    for relative in _walk(folder, os.path.realpath(skip) if skip else ""):
         if relative in weights:
             continue
         name = os.path.basename(relative)
@@ -83,10 +88,14 @@ def _stem(name: str) -> str:
     return name.lower() if name.startswith(".") else os.path.splitext(name)[0].lower()
 
 
-def _walk(folder: str) -> list[str]:
+def _walk(folder: str, skip: str) -> list[str]:
     found: list[str] = []
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skip
+        )
         inside = os.path.relpath(root, folder)
         found += [name if inside == "." else os.path.join(inside, name) for name in files]
     return sorted(name for name in found if not _is_hidden(name))

@@ -1,8 +1,8 @@
 """Import torchvision although it was built for another torch.
 
 pip pairs a CPU build of torch with the CUDA build of torchvision when an index offers nothing else.
-torchvision then finds its compiled library unusable, says nothing, and fails a moment later where it
-describes an operator of that library to torch:
+torchvision then finds its compiled library unusable, says nothing, and fails a moment later where
+it describes an operator of that library to torch:
 
     RuntimeError: operator torchvision::nms does not exist
 
