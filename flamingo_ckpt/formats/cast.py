@@ -30,7 +30,15 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 @dataclass(slots=True)
 class CastCounts:
-    """What a cast did to the values of one tensor."""
+    """What a cast did to the values of one tensor.
+
+    Attributes:
+        elements: how many there are.
+        inexact: finite values that were rounded to another finite value.
+        overflowed: finite values that became infinite.
+        underflowed: of the inexact ones, those that became zero.
+        nan_lost: NaN values that became numbers.
+    """
 
     elements: int = 0
     inexact: int = 0
@@ -61,8 +69,9 @@ def _count(wide: Array, back: Array, counts: CastCounts) -> None:
     before, after = wide[changed], back[changed]
     nan_before, nan_after = numpy.isnan(before), numpy.isnan(after)
     counts.nan_lost += int((nan_before & ~nan_after).sum())
-    counts.inexact += int((~nan_before).sum())
-    counts.overflowed += int((numpy.isfinite(before) & numpy.isinf(after)).sum())
+    overflowed = int((numpy.isfinite(before) & numpy.isinf(after)).sum())
+    counts.overflowed += overflowed
+    counts.inexact += int((~nan_before).sum()) - overflowed
     counts.underflowed += int(((after == 0) & ~nan_before).sum())
 
 

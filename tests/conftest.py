@@ -1,0 +1,43 @@
+"""Set-up that every test shares: no network but loopback, and bounded hypothesis runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost", ""})
+
+# Examples are few because the whole suite has to stay within minutes; no test is about time.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    max_examples=60,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("suite")
+
+
+class NetworkClosedError(Exception):
+    """A test tried to leave the machine."""
+
+
+def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: it sees every socket, also those of libraries, and cannot be bypassed."""
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto"):
+        address = arguments[1]
+        if not isinstance(address, tuple):
+            return  # a Unix socket
+        host = address[0]
+    else:
+        return
+    name = host.decode() if isinstance(host, bytes) else host
+    if name is not None and name not in _LOOPBACK:
+        raise NetworkClosedError(f"{event} to {name}: tests have no network")
+
+
+sys.addaudithook(_refuse_network)
