@@ -16,6 +16,7 @@ from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.layout import FileLayout
+from flamingo_ckpt.formats.linux import allocate, early_writeback
 from flamingo_ckpt.formats.staging import (
     check_replaceable,
     check_space,
@@ -176,7 +177,9 @@ def _write_file(
 ) -> dict[str, Derived]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        return _fill_file(fd, layout, steps, on_bytes)
+        allocate(fd, layout.num_bytes)
+        with early_writeback(fd):
+            return _fill_file(fd, layout, steps, on_bytes)
     finally:
         os.close(fd)
 
@@ -184,8 +187,6 @@ def _write_file(
 def _fill_file(
     fd: int, layout: FileLayout, steps: Mapping[str, Step], on_bytes: OnBytes
 ) -> dict[str, Derived]:
-    os.ftruncate(fd, layout.num_bytes)
-
     def work(step: Step, buffer: bytearray, stop: threading.Event) -> tuple[str, Derived]:
         derived = Derived()
         places = (layout.offsets[step.name], *layout.copies.get(step.name, ()))

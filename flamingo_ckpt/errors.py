@@ -21,7 +21,6 @@ CODES: MappingProxyType[str, str] = MappingProxyType(
         "FC006": "options contradict each other",
         "FC007": "source changed while it was read",
         "FC008": "internal error",
-        "FC009": "missing dependency",
         "FC010": "interrupted",
         "FC101": "malformed header",
         "FC102": "truncated",

@@ -23,7 +23,7 @@ from flamingo_ckpt.tensors import (
     contiguous_strides,
     distinct,
     escape,
-    has_control,
+    is_tensor_name,
 )
 
 #: What `--dtype` may name.
@@ -208,11 +208,10 @@ def _target_name(name: str, keep_prefix: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_name(name: str, where: str) -> None:
-    half_pair = any("\ud800" <= char <= "\udfff" for char in name)
-    if not name or has_control(name) or half_pair:
-        what = "half a surrogate pair" if half_pair else "control characters"
+    if not is_tensor_name(name):
         raise CkptError(
-            f"`{escape(name)}` is empty or holds {what}: not a tensor name",
+            f"`{escape(name)}` is no tensor name: it is empty, or holds control characters or half "
+            "a surrogate pair",
             code="FC505",
             where=where,
             key=name,

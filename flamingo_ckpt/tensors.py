@@ -280,6 +280,12 @@ def has_control(text: str) -> bool:
     return any(ord(char) < 32 or 127 <= ord(char) < 160 for char in text)
 
 
+def is_tensor_name(text: str) -> bool:
+    """Whether a name can be written: not empty, no control characters, no half surrogate pair."""
+    half_pair = any("\ud800" <= char <= "\udfff" for char in text)
+    return bool(text) and not has_control(text) and not half_pair
+
+
 __all__ = [
     "DTYPES",
     "TORCH_DTYPES",
@@ -297,5 +303,6 @@ __all__ = [
     "format_shape",
     "has_control",
     "is_contiguous",
+    "is_tensor_name",
     "tied_groups",
 ]

@@ -324,8 +324,10 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
 
 def _is_untied_in_config(folder: str | None) -> bool:
     """Whether a release's own config says that input and output embeddings are separate."""
+    if folder is None:
+        return False
     try:
-        with open(os.path.join(folder or "", "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError, RecursionError):
         return False  # no config to contradict; the file itself goes along as it is

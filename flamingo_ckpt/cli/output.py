@@ -13,6 +13,7 @@ import click
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report, to_document
+from flamingo_ckpt.tensors import escape
 
 #: `--output` suffixes that can be written.
 OUTPUT_SUFFIXES = (".json", ".md")
@@ -150,8 +151,8 @@ def error_report(
 
 def _paint(line: str) -> str:
     """Colour the word a line begins with; click takes it out again where none is wanted."""
-    # A file name that is not UTF-8 must not keep its own error message from being printed.
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    # A hostile path must not keep its own error message from being printed, or repaint the screen.
+    line = escape(line)
     word = line.lstrip().split(" ", 1)[0].rstrip(":")
     color = _COLORS.get(word)
     if color is None:

@@ -15,7 +15,7 @@ from flamingo_ckpt.tensors import TORCH_DTYPES
 #: Modules of which every name refuses the file (with their submodules).
 _DANGEROUS_MODULES = frozenset(
     """
-    _aix_support _ctypes _io _operator _pickle _posixsubprocess _pyrepl _thread
+    _aix_support _ctypes _io _operator _osx_support _pickle _posixsubprocess _pyrepl _thread
     _xxsubinterpreters aiohttp antigravity asyncio atexit bdb bz2 cPickle cProfile cffi cgi cgitb
     cloudpickle cmd code codeop commands compileall concurrent crypt ctypes dbm dill dis
     distutils doctest ensurepip fabric faulthandler fileinput fsspec ftplib gc graphlib gzip http
@@ -78,6 +78,8 @@ _DANGEROUS_EXACT = frozenset(
         ("logging.config", "dictConfig"),
         ("logging", "FileHandler"),
         ("pandas", "read_pickle"),
+        ("torch.storage", "_load_from_bytes"),
+        ("uuid", "_get_command_stdout"),
     }
 )
 # Plain data that training checkpoints carry, from modules that are refused otherwise; the longest

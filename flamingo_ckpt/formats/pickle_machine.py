@@ -213,6 +213,8 @@ class _Machine:
     def find_global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise self.bad("the name of a global is not a string")
+        if len(module) + len(name) > _MAX_LINE:
+            raise self.bad(f"the name of a global is longer than {_MAX_LINE} characters")
         found = self.globals.get((module, name))
         if found is None:
             if is_dangerous(module, name):

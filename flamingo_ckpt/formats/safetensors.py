@@ -23,7 +23,7 @@ from flamingo_ckpt.tensors import (
     Storage,
     TensorInfo,
     escape,
-    has_control,
+    is_tensor_name,
 )
 
 MAX_HEADER_BYTES = 100_000_000
@@ -161,7 +161,7 @@ def _read_entry(
 ) -> tuple[int, int, TensorInfo]:
     where, shown = source.name, escape(name)
     _check_unicode(name, where)
-    if not name or has_control(name):
+    if not is_tensor_name(name):
         raise FormatError(
             f"`{shown}` is empty or holds control characters: not a tensor name",
             code="FC505",
@@ -266,7 +266,7 @@ def _with_aliases(
             isinstance(name, str)
             and name in stored
             and alias not in stored
-            and not has_control(alias)
+            and is_tensor_name(alias)
             for alias, name in aliases.items()
         ):
             raise FormatError(
@@ -276,7 +276,7 @@ def _with_aliases(
             )
     else:
         for alias, name in metadata.items():
-            usable = alias != "format" and not has_control(alias)
+            usable = alias != "format" and is_tensor_name(alias)
             if usable and alias not in stored and name in stored:
                 aliases[alias] = name
     following: dict[str, list[str]] = {}

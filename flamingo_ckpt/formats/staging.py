@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flamingo_ckpt.errors import WriteError
+from flamingo_ckpt.formats.linux import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
 _MARK = ".flamingo-staging-"
 _ASIDE = ".flamingo-replaced-"
-_AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 
 
 @contextmanager
@@ -246,9 +245,9 @@ def _put_folder(staging: str, dst: str, *, overwrite: bool) -> str | None:
     if not os.path.lexists(dst):
         _rename_new(staging, dst)
         return None
-    if _renameat2(staging, dst, _RENAME_EXCHANGE):
+    if renameat2(staging, dst, RENAME_EXCHANGE):
         if not overwrite and os.listdir(staging):
-            _renameat2(staging, dst, _RENAME_EXCHANGE)
+            renameat2(staging, dst, RENAME_EXCHANGE)
             raise _came_meanwhile(dst)
         return staging
     aside = _staging_name(dst, _ASIDE)
@@ -265,7 +264,7 @@ def _put_folder(staging: str, dst: str, *, overwrite: bool) -> str | None:
 
 def _rename_new(staging: str, dst: str) -> None:
     """Rename, but never over something that came into being meanwhile."""
-    if not _renameat2(staging, dst, _RENAME_NOREPLACE):
+    if not renameat2(staging, dst, RENAME_NOREPLACE):
         if os.path.lexists(dst):
             raise _came_meanwhile(dst)
         os.rename(staging, dst)
@@ -273,21 +272,6 @@ def _rename_new(staging: str, dst: str) -> None:
 
 def _came_meanwhile(dst: str) -> OSError:
     return FileExistsError(errno.EEXIST, "it came into being meanwhile", dst)
-
-
-def _renameat2(src: str, dst: str, flags: int) -> bool:
-    """Linux' renameat2; False where the system or the filesystem has none."""
-    import ctypes
-
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    if function(_AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), dst)
 
 
 def _unlink_quietly(path: str) -> None:

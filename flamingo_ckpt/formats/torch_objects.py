@@ -40,6 +40,8 @@ from flamingo_ckpt.tensors import (
 
 _MAX_DIMS = 64
 _MAX_NESTING = 100
+# Four times the nodes that a pickle can have: only values that overlap again and again exceed it.
+_MAX_VISITS = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +342,37 @@ def _calls(node: Any, names: Container[tuple[str, str]]) -> bool:
     )
 
 
-def count_tensors(root: Any) -> int:
-    """Tensors at or under a node, each once, however the graph loops."""
-    return sum(1 for node in walk(root, enter=lambda node: not is_tensor(node)) if is_tensor(node))
+class Census:
+    """Counts the tensors under values, each value once, with a bound on the work for one file.
+
+    Args:
+        where: the file, for the error.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._counts: dict[int, int] = {}
+        self._visited = 0
+
+    def count(self, root: Any) -> int:
+        """Tensors at or under a value, each once, however the graph loops.
+
+        Raises:
+            FormatError: FC111 where the values of a file refer to each other too often.
+        """
+        if id(root) not in self._counts:
+            found = 0
+            for node in walk(root, enter=lambda node: not is_tensor(node)):
+                self._visited += 1
+                found += is_tensor(node)
+                if self._visited > _MAX_VISITS:
+                    raise FormatError(
+                        "the values in the file refer to each other too often to be listed",
+                        code="FC111",
+                        where=self._where,
+                    )
+            self._counts[id(root)] = found
+        return self._counts[id(root)]
 
 
 def unknown_class(node: Any) -> str | None:
@@ -356,7 +386,14 @@ def unknown_class(node: Any) -> str | None:
 
 
 def describe(node: Any) -> str:
-    """A short, safe description of a value: what `inspect` lists beside the weights."""
+    """A short, printable description of a value: what `inspect` lists beside the weights.
+
+    It never goes below the first level: how large a value prints is the file's choice.
+    """
+    return escape(_describe(node))
+
+
+def _describe(node: Any) -> str:
     if node is None or isinstance(node, bool):
         return str(node)
     if isinstance(node, int):
@@ -371,9 +408,11 @@ def describe(node: Any) -> str:
         return str(node)
     if is_tensor(node):
         return "tensor"
+    if type(node) in (list, tuple):
+        return f"list of {len(node)}"
     pairs = entries(node)
     if pairs is not None:
-        return f"{'list' if type(node) in (list, tuple) else 'mapping'} of {len(pairs)}"
+        return f"mapping of {len(pairs)}"
     if isinstance(node, Inert):
         return f"object {node.function}" if isinstance(node.function, Global) else "object"
     return type(node).__name__.lower()

@@ -9,12 +9,14 @@ from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError
 from flamingo_ckpt.formats.pickle_nodes import Global, Inert, Mapping
-from flamingo_ckpt.formats.torch_objects import TorchObjects, count_tensors, describe
+from flamingo_ckpt.formats.torch_objects import Census, TorchObjects, describe
 from flamingo_ckpt.formats.wrapper import Selection
 from flamingo_ckpt.tensors import Beside, TensorInfo, escape
 
 _MAX_DEPTH = 200
-_MAX_MODULES = 1_000_000
+# Shared modules appear under every path that leads to them; a few hundred bytes can make a million.
+_MAX_MODULES = 100_000
+_MAX_NAME_CHARACTERS = 32 << 20
 # Attributes that every scripted module carries and no state dict has.
 _BOOKKEEPING = frozenset({"training", "_is_full_backward_hook"})
 
@@ -36,16 +38,18 @@ def read_module(root: Any, objects: TorchObjects, where: str) -> Selection:
     beside: list[Beside] = []
     names: set[str] = set()
     pending: list[tuple[str, Inert, int]] = [("", root, 0)]
-    visited = 0
+    visited = characters = 0
+    census = Census(where)
     while pending:
         prefix, module, depth = pending.pop()
         visited += 1
-        if depth > _MAX_DEPTH or visited > _MAX_MODULES:
-            raise FormatError("the module tree is too deep or loops", code="FC111", where=where)
         submodules = []
         for key, value in _attributes(module):
             if type(key) is not str:
                 raise FormatError("a module attribute has no name", code="FC110", where=where)
+            characters += len(prefix) + len(key)
+            if depth > _MAX_DEPTH or visited > _MAX_MODULES or characters > _MAX_NAME_CHARACTERS:
+                raise FormatError("the module tree is too deep or loops", code="FC111", where=where)
             name = f"{prefix}{key}"
             if name in names:
                 raise FormatError(
@@ -60,7 +64,7 @@ def read_module(root: Any, objects: TorchObjects, where: str) -> Selection:
                 tensors.append(tensor)
             elif key not in _BOOKKEEPING:
                 beside.append(
-                    Beside(path=name, kind=describe(value), num_tensors=count_tensors(value))
+                    Beside(path=name, kind=describe(value), num_tensors=census.count(value))
                 )
         pending += reversed(submodules)
     return Selection(key=None, tensors=tuple(tensors), beside=tuple(beside), unknown_classes=())

@@ -12,8 +12,8 @@ from typing import Any
 from flamingo_ckpt.errors import CkptError, FormatError, UnsafeError
 from flamingo_ckpt.formats.pickle_nodes import walk
 from flamingo_ckpt.formats.torch_objects import (
+    Census,
     TorchObjects,
-    count_tensors,
     describe,
     entries,
     is_tensor,
@@ -76,9 +76,10 @@ def select_weights(
         root = [("tensor", root)]
         lone = objects.tensor(root[0][1], "tensor")
         return Selection(key=None, tensors=(lone,) if lone else (), beside=(), unknown_classes=())
-    chosen = _choose(root, wrapper_key, where)
-    tensors, inside = _read(chosen, objects, where)
-    outside = _siblings(root, chosen.path)
+    census = Census(where)
+    chosen = _choose(root, wrapper_key, census, where)
+    tensors, inside = _read(chosen, objects, census, where)
+    outside = _siblings(root, chosen.path, census)
     return Selection(
         key=chosen.key if chosen.path else None,
         tensors=tensors,
@@ -87,12 +88,12 @@ def select_weights(
     )
 
 
-def _choose(root: Any, wrapper_key: str | None, where: str) -> _Candidate:
+def _choose(root: Any, wrapper_key: str | None, census: Census, where: str) -> _Candidate:
     if wrapper_key is not None:
         return _named(root, wrapper_key, where)
-    found = _candidates(_Candidate((), root), 0)
+    found = _candidates(_Candidate((), root), 0, set())
     if not found:
-        raise _nothing(root, where)
+        raise _nothing(root, census, where)
     best = min(_rank(candidate) for candidate in found)
     chosen = [candidate for candidate in found if _rank(candidate) == best]
     if len(chosen) > 1:
@@ -106,11 +107,11 @@ def _choose(root: Any, wrapper_key: str | None, where: str) -> _Candidate:
             where=where,
             hint=f"name one: `--wrapper-key {escape(next(c.key for c in chosen if c.path))}`",
         )
-    _refuse_better_unknown(root, best, where)
+    _refuse_better_unknown(root, best, census, where)
     return chosen[0]
 
 
-def _refuse_better_unknown(root: Any, best: tuple[int, ...], where: str) -> None:
+def _refuse_better_unknown(root: Any, best: tuple[int, ...], census: Census, where: str) -> None:
     """A pickled module under `model` must not be passed over silently for an average beside it."""
     for key, value in entries(root) or []:
         # The type first: a key may be a structure whose comparison never ends.
@@ -119,7 +120,7 @@ def _refuse_better_unknown(root: Any, best: tuple[int, ...], where: str) -> None
         if (WRAPPER_KEYS.index(key),) >= best:
             continue
         unknown = unknown_class(value)
-        if unknown and count_tensors(value):
+        if unknown and census.count(value):
             raise UnsafeError(
                 f"`{key}` is an object of the class `{escape(unknown)}` with tensors in it",
                 code="FC502",
@@ -132,32 +133,34 @@ def _rank(candidate: _Candidate) -> tuple[int, ...]:
     """Lower is better; compared level by level, so that `state_dict` beats `model.state_dict`."""
     if not candidate.path:
         return (len(WRAPPER_KEYS),)
-    ranks = []
-    for key in candidate.path:
-        if key in WRAPPER_KEYS:
-            ranks.append(WRAPPER_KEYS.index(key))
-        elif key in EMA_KEYS:
-            ranks.append(len(WRAPPER_KEYS) + 1)
-        else:
-            ranks.append(len(WRAPPER_KEYS))
-    return tuple(ranks)
+    return tuple(_rank_of(key) for key in candidate.path)
 
 
-def _candidates(at: _Candidate, depth: int) -> list[_Candidate]:
-    """Mappings that hold tensors directly under text keys, outermost first."""
-    pairs = entries(at.node)
-    if pairs is None or depth > _MAX_DEPTH:
+def _rank_of(key: str) -> int:
+    if key in WRAPPER_KEYS:
+        return WRAPPER_KEYS.index(key)
+    return len(WRAPPER_KEYS) + (key in EMA_KEYS)
+
+
+def _candidates(at: _Candidate, depth: int, seen: set[int]) -> list[_Candidate]:
+    """Mappings that hold tensors directly under text keys, outermost first, each once."""
+    if depth > _MAX_DEPTH or id(at.node) in seen:
         return []
+    seen.add(id(at.node))
+    pairs = entries(at.node)
+    if pairs is None:
+        return []
+    named = [(key, value) for key, value in pairs if type(key) is str]
+    own: list[_Candidate] = []
     if _num_direct(at.node):
         # Weights below weights are part of them, except under a key that says otherwise.
-        named = [(key, value) for key, value in pairs if type(key) is str and _is_wrapper(key)]
         own = [at]
-    else:
-        named, own = pairs, []
+        named = [(key, value) for key, value in named if _is_wrapper(key)]
+    # The best key first: a dict that stands under two keys is known by the first.
     below: list[_Candidate] = []
-    for key, value in named:
-        if type(key) is str and not _is_training_state(key):
-            below += _candidates(_Candidate((*at.path, key), value), depth + 1)
+    for key, value in sorted(named, key=lambda pair: _rank_of(pair[0])):
+        if not _is_training_state(key):
+            below += _candidates(_Candidate((*at.path, key), value), depth + 1, seen)
     return own + below
 
 
@@ -210,7 +213,7 @@ def _longest_key(node: Any, rest: str) -> tuple[str, Any] | None:
 
 
 def _read(
-    chosen: _Candidate, objects: TorchObjects, where: str
+    chosen: _Candidate, objects: TorchObjects, census: Census, where: str
 ) -> tuple[tuple[TensorInfo, ...], list[Beside]]:
     tensors: list[TensorInfo] = []
     beside: list[Beside] = []
@@ -236,16 +239,16 @@ def _read(
         if tensor is not None:
             tensors.append(tensor)
         else:
-            beside.append(_inside(chosen, name, value, where))
+            beside.append(_inside(chosen, name, value, census, where))
     for key, value in state_entries(chosen.node):
         name = key if type(key) is str else describe(key)
         beside.append(Beside(path=_join(chosen.path, name), kind=describe(value)))
     return tuple(tensors), beside
 
 
-def _inside(chosen: _Candidate, name: str, value: Any, where: str) -> Beside:
+def _inside(chosen: _Candidate, name: str, value: Any, census: Census, where: str) -> Beside:
     """An entry of the state dict that is no tensor: listed; tensors in it must not be lost."""
-    num_tensors = count_tensors(value)
+    num_tensors = census.count(value)
     if num_tensors and not chosen.path and (_is_training_state(name) or name in EMA_KEYS):
         return Beside(path=name, kind=describe(value), num_tensors=num_tensors)
     if num_tensors:
@@ -270,7 +273,7 @@ def _inside(chosen: _Candidate, name: str, value: Any, where: str) -> Beside:
     return Beside(path=_join(chosen.path, name), kind=describe(value))
 
 
-def _siblings(root: Any, path: tuple[str, ...]) -> list[Beside]:
+def _siblings(root: Any, path: tuple[str, ...], census: Census) -> list[Beside]:
     """What lies beside the path that leads to the weights."""
     beside: list[Beside] = []
     node = root
@@ -285,7 +288,7 @@ def _siblings(root: Any, path: tuple[str, ...]) -> list[Beside]:
                 Beside(
                     path=_join(path[:depth], name),
                     kind=describe(value),
-                    num_tensors=count_tensors(value),
+                    num_tensors=census.count(value),
                 )
             )
         node = following
@@ -300,9 +303,9 @@ def _unknown_classes(root: Any) -> list[str]:
     return sorted({name for node in walk(root) if (name := unknown_class(node))})
 
 
-def _nothing(root: Any, where: str) -> CkptError:
+def _nothing(root: Any, census: Census, where: str) -> CkptError:
     unknown = unknown_class(root)
-    num_tensors = count_tensors(root)
+    num_tensors = census.count(root)
     if num_tensors and unknown:
         return UnsafeError(
             f"the file is one object of the class `{escape(unknown)}` with {num_tensors} tensors "

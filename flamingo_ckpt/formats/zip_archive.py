@@ -56,7 +56,9 @@ class ZipArchive:
     def __init__(self, source: ByteSource) -> None:
         self.source = source
         self._where = source.name
-        if source.size < 22 or source.read(0, 4) != LOCAL_MAGIC:
+        if source.size < 22:
+            raise self._bad(f"{source.size} bytes cannot hold a zip archive", "FC102")
+        if source.read(0, 4) != LOCAL_MAGIC:
             raise self._bad("it does not begin with a zip record")
         self._directory_offset, directory, count = self._find_directory()
         self.entries = self._parse_directory(directory, count)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import Finding
-from flamingo_ckpt.tensors import Manifest, distinct
+from flamingo_ckpt.tensors import Manifest, distinct, escape
 
 SCHEMA_VERSION = "1.0"
 
@@ -75,8 +75,8 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "severity": finding.severity,
         "title": finding.title,
         "key": finding.key,
-        "detail": finding.detail,
-        "hint": finding.hint,
+        "detail": escape(finding.detail),
+        "hint": None if finding.hint is None else escape(finding.hint),
     }
     if finding.data:
         entry["data"] = plain(finding.data)

@@ -67,7 +67,9 @@ def _merge(rows: Sequence[Row], position: int, *, numbers: bool) -> list[Row]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         parts = row.components
-        fits = len(parts) > position and all(_is_number(p) == numbers for p in parts[position])
+        fits = len(parts) > position and all(
+            _is_number(text) if numbers else _is_word(text) for text in parts[position]
+        )
         key: object = (
             (parts[:position], parts[position + 1 :], row.facts) if fits else (id(row), "alone")
         )
@@ -93,6 +95,11 @@ def _merge(rows: Sequence[Row], position: int, *, numbers: bool) -> list[Row]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+
+
+def _is_word(text: str) -> bool:
+    """Whether it can stand in a set of words without being taken for a number or a range."""
+    return not text[:1].isdigit()
 
 
 def _render(alternatives: _Component) -> str:
