@@ -135,6 +135,10 @@ class WriteError(CkptError):
     """The destination could not be written; nothing that looks complete was left."""
 
 
+class NotFaithfulError(CkptError):
+    """What was written differs from the source: a bad answer. Nothing was put in place."""
+
+
 def name_some(names: list[str], limit: int = 10) -> str:
     """Up to `limit` names in backticks, then how many more there are.
 

@@ -11,6 +11,8 @@ from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.formats.folder import WEIGHT_FILES, FolderFiles, sort_files
 from flamingo_ckpt.formats.layout import FileLayout, OutTensor
+from flamingo_ckpt.formats.safetensors import parse_json_object
+from flamingo_ckpt.formats.source import FileSource
 from flamingo_ckpt.formats.staging import check_replaceable
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.tensors import Manifest, escape
@@ -31,6 +33,7 @@ _FOLDER_NAMES = {
 DEFAULT_SHARD_BYTES = 5_000_000_000
 DIGEST_KEY = "flamingo_ckpt.source_digest"
 VERSION_KEY = "flamingo_ckpt.version"
+_MAX_CONFIG_BYTES = 16 << 20
 #: As long as the digest that takes its place once it is known.
 DIGEST_PLACEHOLDER = "xxh3-128:" + "0" * 32
 
@@ -326,9 +329,10 @@ def _is_untied_in_config(folder: str | None) -> bool:
     """Whether a release's own config says that input and output embeddings are separate."""
     if folder is None:
         return False
+    path = os.path.join(folder, "config.json")
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        source = FileSource(path)
+        config = parse_json_object(source.read(0, min(source.size, _MAX_CONFIG_BYTES)), path)
+    except CkptError:
         return False  # no config to contradict; the file itself goes along as it is
-    return isinstance(config, dict) and config.get("tie_word_embeddings") is False
+    return config.get("tie_word_embeddings") is False

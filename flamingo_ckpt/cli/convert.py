@@ -135,7 +135,7 @@ def _run(
 ) -> dict[str, Any]:
     """Write, read back, put in place; fills `findings` and returns the summary."""
     from flamingo_ckpt.convert import run_convert, source_digest, summary_of
-    from flamingo_ckpt.errors import CkptError, name_some
+    from flamingo_ckpt.errors import NotFaithfulError, name_some
     from flamingo_ckpt.formats import open_checkpoint
     from flamingo_ckpt.verify import verify
 
@@ -151,7 +151,7 @@ def _run(
             result = verify(plan, written, progress.phase("verifying"))
             if not result.is_faithful:
                 wrong = [*result.different, *result.missing, *result.unexpected]
-                raise CkptError(
+                raise NotFaithfulError(
                     f"{len(wrong)} tensors read back differ from the source: {name_some(wrong)}",
                     code="FC301",
                     where=write.dst,

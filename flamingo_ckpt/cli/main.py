@@ -121,7 +121,7 @@ def _failed(arguments: tuple[str, ...], error: CkptError, exit_code: int) -> int
     command = next((word for word in arguments if word in VERBS), "")
     out = Output(json="--json" in arguments)
     try:
-        out.emit(error_report(error, command, arguments, exit_code, 0.0), error.where)
+        out.emit(error_report(error, command, arguments, 0.0, exit_code), error.where)
     except BrokenPipeError:
         pass
     return exit_code

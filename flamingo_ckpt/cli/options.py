@@ -92,7 +92,7 @@ def verb(function: Verb) -> Callable[..., int]:
             if debug:
                 raise
             seconds = time.monotonic() - started
-            report = error_report(error, context.info_name or "", argv, 2, seconds)
+            report = error_report(error, context.info_name or "", argv, seconds)
             out.emit(report, error.where)
             return report.exit_code
         out.emit(report)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import click
 
-from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.errors import CkptError, NotFaithfulError
 from flamingo_ckpt.report.document import Report, to_document
 from flamingo_ckpt.tensors import escape
 
@@ -50,7 +50,7 @@ class Output:
             return
         from flamingo_ckpt.report import text
 
-        if report.verdict == "error":
+        if not report.summary:
             finding = report.findings[0]
             self._talk(text.render_error(finding, where))
         elif not self.quiet:
@@ -133,16 +133,17 @@ class Progress:
 
 
 def error_report(
-    error: CkptError, command: str, argv: tuple[str, ...], exit_code: int, seconds: float
+    error: CkptError, command: str, argv: tuple[str, ...], seconds: float, exit_code: int = 2
 ) -> Report:
-    """The report of a verb that could not answer."""
+    """The report of a verb that could not answer, or whose answer is that what it wrote is wrong."""
+    is_answer = isinstance(error, NotFaithfulError)
     finding = error.as_finding()
     extra = {"where": error.where} if error.where else {}
     return Report(
         command=command,
         argv=argv,
-        verdict="error",
-        exit_code=exit_code,
+        verdict="fail" if is_answer else "error",
+        exit_code=1 if is_answer else exit_code,
         findings=(finding,),
         duration_seconds=seconds,
         extra=extra,
@@ -151,7 +152,7 @@ def error_report(
 
 def _paint(line: str) -> str:
     """Colour the word a line begins with; click takes it out again where none is wanted."""
-    # A hostile path must not keep its own error message from being printed, or repaint the screen.
+    # A hostile path must not repaint the screen, or keep its own error from being printed.
     line = escape(line)
     word = line.lstrip().split(" ", 1)[0].rstrip(":")
     color = _COLORS.get(word)

@@ -246,14 +246,14 @@ def _put_folder(staging: str, dst: str, *, overwrite: bool) -> str | None:
         _rename_new(staging, dst)
         return None
     if renameat2(staging, dst, RENAME_EXCHANGE):
-        if not overwrite and os.listdir(staging):
+        if not overwrite and (not os.path.isdir(staging) or os.listdir(staging)):
             renameat2(staging, dst, RENAME_EXCHANGE)
             raise _came_meanwhile(dst)
         return staging
     aside = _staging_name(dst, _ASIDE)
     os.rename(dst, aside)
     try:
-        if not overwrite and os.listdir(aside):
+        if not overwrite and (not os.path.isdir(aside) or os.listdir(aside)):
             raise _came_meanwhile(dst)
         os.rename(staging, dst)
     except BaseException:
