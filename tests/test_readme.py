@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    context = click.Context(cli)
+    # With the settings that a real run has: click caches the help option on first use.
+    context = click.Context(cli, **cli.context_settings)
     yield "", cli
     for verb in cli.list_commands(context):
         command = cli.get_command(context, verb)

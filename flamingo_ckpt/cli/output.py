@@ -135,7 +135,7 @@ class Progress:
 def error_report(
     error: CkptError, command: str, argv: tuple[str, ...], seconds: float, exit_code: int = 2
 ) -> Report:
-    """The report of a verb that could not answer, or whose answer is that what it wrote is wrong."""
+    """The report of a verb that could not answer, or that wrote something unfaithful."""
     is_answer = isinstance(error, NotFaithfulError)
     finding = error.as_finding()
     extra = {"where": error.where} if error.where else {}
