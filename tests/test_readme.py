@@ -31,7 +31,7 @@ def flags() -> list[tuple[str, str]]:
     return [
         (verb, flag)
         for verb, command in commands()
-        for param in command.get_params(click.Context(command))
+        for param in command.get_params(click.Context(command, **cli.context_settings))
         if isinstance(param, click.Option)
         for flag in (*param.opts, *param.secondary_opts)
     ]

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 #: The block that every copy is made of: larger ones are slower where memory is given on touch.
 BLOCK_BYTES = 256 << 10
 # Strided tensors: output gathered per step, and the largest single read for it.
-_GATHER_BYTES = 8 << 20
-_SPAN_BYTES = 2 << 20
+_GATHER_BYTES = 4 << 20
+_SPAN_BYTES = 1 << 20
 # Below this share of wanted bytes in a span, its runs are read one by one.
-_MIN_DENSITY = 1 / 8
+_MIN_DENSITY = 1 / 32
 
 
 def read_blocks(tensor: TensorInfo, buffer: bytearray) -> Iterator[memoryview]:
@@ -66,10 +66,14 @@ def _gathered(
     width = tensor.dtype.bits // 8
     strides = tensor.strides or contiguous_strides(tensor.shape)
     origin = base + tensor.offset_bytes
-    for starts, sizes in _boxes(tensor.shape, max(_GATHER_BYTES // width, 1)):
-        out: numpy.ndarray[Any, Any] = numpy.empty(sizes, dtype=f"V{width}")
+    limit = min(max(_GATHER_BYTES // width, 1), math.prod(tensor.shape))
+    # Allocated once: a new array for each box would come to stand beside the last one.
+    room: numpy.ndarray[Any, Any] = numpy.empty(limit, dtype=f"V{width}")
+    raw: numpy.ndarray[Any, Any] = numpy.empty(max(_SPAN_BYTES // width, 1), dtype=f"V{width}")
+    for starts, sizes in _boxes(tensor.shape, limit):
+        out = room[: math.prod(sizes)].reshape(sizes)
         first = origin + width * sum(a * s for a, s in zip(starts, strides, strict=True))
-        _gather(source, first, strides, width, out)
+        _gather(source, first, strides, out, raw)
         if swap:
             out.reshape(-1).view(f"u{tensor.dtype.swap_bytes}").byteswap(inplace=True)
         flat = memoryview(out.reshape(-1).view("u1"))  # type: ignore[arg-type]
@@ -104,17 +108,26 @@ def _gather(
     source: ByteSource,
     first: int,
     strides: tuple[int, ...],
-    width: int,
     out: numpy.ndarray[Any, Any],
+    raw: numpy.ndarray[Any, Any],
 ) -> None:
-    """Fill `out` from strided elements; reads one span where the wanted bytes are dense in it."""
+    """Fill `out` from strided elements; reads one span where the wanted bytes are dense in it.
+
+    Args:
+        source: the file.
+        first: offset of the first element, in bytes.
+        strides: of the source, in elements.
+        out: to be filled; its dtype is as wide as an element.
+        raw: scratch for one span.
+    """
     import numpy
 
+    width = out.dtype.itemsize
     sizes = out.shape
     span = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
     wanted = math.prod(n for n, s in zip(sizes, strides, strict=True) if s)
     if (span * width <= _SPAN_BYTES and wanted >= span * _MIN_DENSITY) or span == 1:
-        raw = numpy.frombuffer(source.read(first, span * width), dtype=f"V{width}")
+        source.read_into(first, memoryview(raw[:span].view("u1")))  # type: ignore[arg-type]
         byte_strides = tuple(s * width for s in strides)
         out[...] = numpy.lib.stride_tricks.as_strided(raw, sizes, byte_strides)
         return
@@ -126,7 +139,8 @@ def _gather(
     for start in range(0, sizes[dim], step):
         part = [slice(None)] * len(sizes)
         part[dim] = slice(start, start + step)
-        _gather(source, first + start * strides[dim] * width, strides, width, out[tuple(part)])
+        begin = first + start * strides[dim] * width
+        _gather(source, begin, strides, out[tuple(part)], raw)
 
 
 def read_whole_crc(tensor_storage: Any, buffer: bytearray) -> int:
