@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.layout import FileLayout
@@ -20,6 +20,7 @@ from flamingo_ckpt.formats.linux import allocate, early_writeback
 from flamingo_ckpt.formats.staging import (
     check_replaceable,
     check_space,
+    recover,
     staged_file,
     staged_folder,
     sync_folder,
@@ -38,7 +39,9 @@ from flamingo_ckpt.stream import (
     run_tasks,
     unchecked_storages,
 )
+from flamingo_ckpt.tensors import escape
 from flamingo_ckpt.write_plan import (
+    DIGEST_KEY,
     DIGEST_PLACEHOLDER,
     ConvertOptions,
     WritePlan,
@@ -104,7 +107,8 @@ def run_convert(
     """
     parent = os.path.dirname(os.path.abspath(write.dst))
     check_replaceable(write.dst, overwrite=options.overwrite, folder=write.is_folder)
-    check_space(parent, write.num_bytes, write.dst)
+    recover(write.dst)  # what a killed run left may be the room that this one needs
+    check_space(parent, sum(size for _, size in planned_files(plan, write)), write.dst)
     check_storages(unchecked_storages(plan.steps), lambda _: None)
     run = _run_folder if write.is_folder else _run_file
     derived = run(plan, write, options, on_bytes, read_back)
@@ -222,7 +226,9 @@ def _record_digest(path: str, layout: FileLayout, digest: str) -> None:
     ((_, header),) = layout.finish({})
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        at = header.index(DIGEST_PLACEHOLDER.encode("ascii"))
+        # Quotes inside JSON strings are escaped, so this occurs once.
+        marker = f'"{DIGEST_KEY}":"'.encode("ascii")
+        at = header.index(marker + DIGEST_PLACEHOLDER.encode("ascii")) + len(marker)
         write_all(fd, memoryview(digest.encode("ascii")), at)
     finally:
         os.close(fd)
@@ -240,7 +246,12 @@ def _copy_files(src: str, dst: str, names: tuple[str, ...]) -> None:
     for name in names:
         target = os.path.join(dst, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(os.path.join(src, name), target)
+        try:
+            shutil.copyfile(os.path.join(src, name), target)
+        except PermissionError as error:
+            raise CkptError(
+                f"cannot read `{escape(name)}`: {error.strerror}", code="FC002", where=src
+            ) from error
         _sync_file(target)
         sync_folder(os.path.dirname(target))
 

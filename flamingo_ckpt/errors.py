@@ -46,6 +46,8 @@ CODES: MappingProxyType[str, str] = MappingProxyType(
         "FC209": "left out",
         "FC210": "tied tensors",
         "FC211": "views materialised",
+        "FC212": "prefix on some names only",
+        "FC213": "pattern fits no name",
         "FC301": "bits differ",
         "FC302": "inexact cast",
         "FC303": "overflow to infinity in a cast",

@@ -169,7 +169,11 @@ def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
         dropped=tuple(dropped),
         renamed=renamed,
         prefix=describe_prefixes(removed),
-        findings=(*_tied_findings(steps), *_overlap_findings(steps)),
+        findings=(
+            *_overlap_findings(steps),
+            *_prefix_findings(kept, options.keep_prefix),
+            *_idle_globs(manifest, options),
+        ),
     )
 
 
@@ -272,23 +276,8 @@ def _check_views(tensors: list[TensorInfo], max_expansion: float, where: str) ->
                 where=where,
                 key=tensor.name,
                 hint="to write it out in full: --max-expansion "
-                f"{max(needed, total) // max(stored, 1) + 1}",
+                f"{-(-max(needed, total) // max(stored, 1))}",
             )
-
-
-def _tied_findings(steps: Iterable[Step]) -> list[Finding]:
-    return [
-        Finding(
-            code="FC210",
-            severity="info",
-            key=step.name,
-            detail=f"`{escape(step.name)}` is stored once for "
-            + ", ".join(f"`{escape(alias)}`" for alias in step.aliases),
-            data={"aliases": list(step.aliases)},
-        )
-        for step in steps
-        if step.aliases
-    ]
 
 
 def _overlap_findings(steps: Iterable[Step]) -> list[Finding]:
@@ -318,4 +307,48 @@ def _overlap_findings(steps: Iterable[Step]) -> list[Finding]:
                 )
             if end > reach:
                 reach, before = end, name
+    return found
+
+
+def _prefix_findings(kept: list[TensorInfo], keep_prefix: bool) -> list[Finding]:
+    """Where some names lose another number of `module` than others, one may be a real submodule."""
+    if keep_prefix:
+        return []
+    counts: dict[int, list[str]] = {}
+    for tensor in kept:
+        removed = strip_wrappers(tensor.name)[1]
+        counts.setdefault(removed.count("module"), []).append(tensor.name)
+    if len(counts) < 2:
+        return []
+    number, names = min(
+        ((n, names) for n, names in counts.items() if n), key=lambda item: len(item[1])
+    )
+    return [
+        Finding(
+            code="FC212",
+            severity="warning",
+            detail=f"`module` was removed {number}x from {len(names)} of {len(kept)} names, "
+            f"`{escape(names[0])}` among them; if it is a submodule, the names are wrong now",
+            hint="--keep-prefix keeps every name as it is",
+        )
+    ]
+
+
+def _idle_globs(manifest: Manifest, options: PlanOptions) -> list[Finding]:
+    """Patterns that no name fits: a typo in --exclude ships what was meant to stay."""
+    found: list[Finding] = []
+    for flag, globs in (("--include", options.include), ("--exclude", options.exclude)):
+        for glob in globs:
+            if not any(
+                _matches((tensor.name, strip_wrappers(tensor.name)[0]), (glob,))
+                for tensor in manifest.tensors
+            ):
+                found.append(
+                    Finding(
+                        code="FC213",
+                        severity="warning",
+                        detail=f"{flag} `{escape(glob)}` fits no name",
+                        hint="`flamingo-ckpt inspect` lists the names",
+                    )
+                )
     return found

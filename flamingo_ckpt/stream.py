@@ -46,7 +46,7 @@ class Derived:
 
 
 def default_threads() -> int:
-    """Two to four: more only make the disk seek."""
+    """One for each processor, four at most: more only make the disk seek."""
     return max(1, min(4, len(os.sched_getaffinity(0))))
 
 

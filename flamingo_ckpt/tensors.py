@@ -156,7 +156,7 @@ class TensorInfo:
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for two names of one tensor: same bytes, read the same way."""
-        if self.storage is None or self.num_elements == 0:
+        if self.storage is None:
             return (id(self),)
         return (id(self.storage), self.offset_bytes, self.dtype.name, self.shape, self.strides)
 

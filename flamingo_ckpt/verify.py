@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flamingo_ckpt.errors import Finding
@@ -55,7 +55,6 @@ class VerifyResult:
         cast: names equal to the cast of the source's values.
         different, missing, unexpected: names.
         findings: one per name that is not equal, and one per inexact cast.
-        digests: XXH3-128 of each derived tensor, by its first name.
     """
 
     bit_exact: tuple[str, ...]
@@ -64,7 +63,6 @@ class VerifyResult:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     findings: tuple[Finding, ...]
-    digests: Mapping[str, str]
 
     @property
     def is_faithful(self) -> bool:
@@ -111,7 +109,6 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
     check_unchanged(plan.source)
     check_unchanged(dst)
     good: dict[str, bool] = {}
-    digests: dict[str, str] = {}
     for step, tensor, derived, finding in results:
         group = [
             name
@@ -119,11 +116,14 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
             if name in there and there[name].identity == tensor.identity
         ]
         good |= dict.fromkeys(group, finding is None)
-        digests.setdefault(step.name, derived.xxh3_128)
         if finding is not None:
             findings.append(finding)
         elif step.is_cast:
-            findings += [item for item in cast_findings(step, derived) if item.code == "FC302"]
+            # Losses are the cast's, and both sides have them: stated, but no difference.
+            findings += [
+                replace(item, severity="warning") if item.severity == "error" else item
+                for item in cast_findings(step, derived)
+            ]
     casts = {name for step in plan.steps if step.is_cast for name in (step.name, *step.aliases)}
     order = [name for step in plan.steps for name in (step.name, *step.aliases) if name in there]
     return VerifyResult(
@@ -133,7 +133,6 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
         missing=tuple(sorted(missing)),
         unexpected=tuple(unexpected),
         findings=tuple(findings),
-        digests=digests,
     )
 
 
@@ -185,7 +184,7 @@ def _compare(
     have = memoryview(b"")
     difference: Difference | None = None
     at = 0
-    for want in derive(step, buffer, derived, want_digest=True):
+    for want in derive(step, buffer, derived):
         while want:
             if not have:
                 have = next(stored)

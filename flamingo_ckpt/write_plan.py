@@ -195,7 +195,8 @@ def _metadata(plan: Plan, options: ConvertOptions) -> dict[str, str]:
         key: value
         for key, value in plan.source.metadata.items()
         # `alias: name` entries of safetensors' `save_model` are written again in our own way
-        if key != ALIASES_KEY and not (key in names and value in names)
+        if key not in (ALIASES_KEY, DIGEST_KEY, VERSION_KEY)
+        and not (key in names and value in names)
     }
     metadata.setdefault("format", "pt")
     if options.record_source:
@@ -246,11 +247,13 @@ def _refuse_same(manifest: Manifest, dst: str, is_folder: bool) -> None:
     if any(os.path.samefile(dst, source) for source in [*sources, *([folder] if folder else [])]):
         raise same
     if is_folder:
+        # Both where the source is named and where a link leads: neither may disappear.
         inside = [
-            source
+            place
             for source in sources
-            if os.path.realpath(os.path.dirname(source) or ".") == os.path.realpath(dst)
-            and WEIGHT_FILES.fullmatch(os.path.basename(source))
+            for place in (os.path.abspath(source), os.path.realpath(source))
+            if os.path.realpath(os.path.dirname(place)) == os.path.realpath(dst)
+            and WEIGHT_FILES.fullmatch(os.path.basename(place))
         ]
         if inside:
             raise CkptError(
@@ -296,6 +299,19 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
                 f"`{escape(step.name)}` with {name_some([escape(name) for name in step.aliases])}: "
                 "a loader that follows the config will miss them",
                 hint="write a copy for every name: --untie",
+            )
+            for step in plan.steps
+            if step.aliases
+        ]
+    if write.format != "npz":
+        found += [
+            Finding(
+                code="FC210",
+                severity="info",
+                key=step.name,
+                detail=f"`{escape(step.name)}` is stored once for "
+                + ", ".join(f"`{escape(alias)}`" for alias in step.aliases),
+                data={"aliases": list(step.aliases)},
             )
             for step in plan.steps
             if step.aliases

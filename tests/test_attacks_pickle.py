@@ -23,7 +23,7 @@ CODE_RUNNERS = """
     subprocess.Popen subprocess.call subprocess.run subprocess.check_output subprocess.getoutput
     builtins.eval builtins.exec builtins.compile builtins.getattr builtins.setattr
     builtins.__import__ builtins.open builtins.input builtins.breakpoint builtins.globals
-    builtins.vars builtins.map builtins.filter builtins.type builtins.print builtins.apply
+    builtins.vars builtins.map builtins.filter builtins.type builtins.apply
     __builtin__.eval __builtin__.execfile __builtin__.getattr __builtin__.apply runpy.run_path
     runpy.run_module runpy._run_code pty.spawn pip.main pip._internal.main code.interact
     code.InteractiveInterpreter codeop.compile_command pdb.run bdb.Bdb cProfile.run

@@ -156,7 +156,7 @@ def _run(
                     code="FC301",
                     where=write.dst,
                     key=wrong[0],
-                    hint="nothing was put in place; this machine's disk or memory may be bad",
+                    hint="nothing was put in place; run it again, and if it stays so, report it",
                 )
             verified = len(result.bit_exact) + len(result.cast)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -57,40 +58,52 @@ def cli() -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code. Prints, never raises."""
     arguments = tuple(argv)
+    ended: dict[str, Any] = {}
     try:
-        code = _invoke(arguments)
+        code = _invoke(arguments, ended)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The reader went away; nothing more can be said, and nothing needs to be.
+        # The reader went away; nothing more can be said, but the answer is still the answer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
-    except click.UsageError as error:
-        return _failed(arguments, _usage(error), EXIT_ERROR)
-    except click.ClickException as error:
-        return _failed(arguments, CkptError(error.format_message(), code="FC006"), EXIT_ERROR)
+        return int(ended.get("exit_code", 0))
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except (KeyboardInterrupt, click.Abort):
         return _failed(arguments, _interrupted("interrupted"), EXIT_INTERRUPTED)
     except _Terminated:
         return _failed(arguments, _interrupted("terminated"), EXIT_TERMINATED)
-    except CkptError as error:  # only with --debug: the verb itself handles it otherwise
-        traceback.print_exc()
-        return _failed(arguments, error, EXIT_ERROR)
-    except MemoryError:
-        return _failed(arguments, CkptError("out of memory", code="FC008"), EXIT_ERROR)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_ERROR
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        return _failed(arguments, _internal(error), EXIT_ERROR)
+        return _failed(arguments, _explain(error), EXIT_ERROR)
 
 
-def _invoke(arguments: tuple[str, ...]) -> int:
+def _invoke(arguments: tuple[str, ...], ended: dict[str, Any]) -> int:
     with cli.make_context("flamingo-ckpt", list(arguments)) as context:
         context.meta["argv"] = arguments
-        code = cli.invoke(context)
+        try:
+            code = cli.invoke(context)
+        finally:
+            ended.update(context.meta)
     return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> CkptError:
+    if isinstance(error, CkptError):
+        return error
+    if isinstance(error, click.UsageError):
+        return _usage(error)
+    if isinstance(error, click.ClickException):
+        return CkptError(error.format_message(), code="FC006")
+    if isinstance(error, MemoryError):
+        return CkptError("out of memory", code="FC008")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return CkptError("cannot write the answer: the disk is full", code="FC004")
+    return _internal(error)
 
 
 def _usage(error: click.UsageError) -> CkptError:
@@ -102,7 +115,7 @@ def _usage(error: click.UsageError) -> CkptError:
 
 def _interrupted(word: str) -> CkptError:
     return CkptError(
-        f"{word}; the destination is as it was before",
+        f"{word}; nothing was replaced",
         code="FC010",
         hint="run the same command again to start over",
     )
@@ -122,8 +135,8 @@ def _failed(arguments: tuple[str, ...], error: CkptError, exit_code: int) -> int
     out = Output(json="--json" in arguments)
     try:
         out.emit(error_report(error, command, arguments, 0.0, exit_code), error.where)
-    except BrokenPipeError:
-        pass
+    except OSError:
+        pass  # there is nobody to tell
     return exit_code
 
 
@@ -137,6 +150,6 @@ def main() -> None:
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # the reader went away, or the disk is full; said above, where it can be
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

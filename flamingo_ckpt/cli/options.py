@@ -31,9 +31,10 @@ class ByteSize(click.ParamType[int]):
             return value
         match = _SIZE.fullmatch(value.strip())
         unit = _UNITS.get(match[2].upper()) if match else None
-        if match is None or unit is None or float(match[1]) * unit < 1:
+        size = float(match[1]) * unit if match and unit else 0.0
+        if not 1 <= size < 1 << 63:
             self.fail(f"{value!r} is not a size like 5GB or 500MiB", param, ctx)
-        return int(float(match[1]) * unit)
+        return int(size)
 
 
 _SHARED = (
@@ -82,7 +83,6 @@ def verb(function: Verb) -> Callable[..., int]:
             debug=debug,
         )
         context = click.get_current_context()
-        context.find_root().meta["output"] = out
         argv = context.find_root().meta.get("argv", ())
         started = time.monotonic()
         try:
@@ -93,8 +93,11 @@ def verb(function: Verb) -> Callable[..., int]:
                 raise
             seconds = time.monotonic() - started
             report = error_report(error, context.info_name or "", argv, seconds)
+            context.find_root().meta["exit_code"] = report.exit_code
             out.emit(report, error.where)
             return report.exit_code
+        # Kept where `main` finds it should the reader of stdout have gone away.
+        context.find_root().meta["exit_code"] = report.exit_code
         out.emit(report)
         return report.exit_code
 
@@ -132,7 +135,7 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--max-expansion",
-            type=click.FloatRange(min=1),
+            type=click.FloatRange(min=1, max=1e9),
             default=1.0,
             metavar="RATIO",
             help="Write out views up to this many times their stored bytes. Default: 1.",

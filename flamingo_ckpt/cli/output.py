@@ -40,6 +40,10 @@ class Output:
                 code="FC006",
                 hint="reports are written to " + " or ".join(OUTPUT_SUFFIXES),
             )
+        if self.output:
+            from flamingo_ckpt.formats.staging import check_replaceable
+
+            check_replaceable(self.output, overwrite=True, folder=False)
 
     def emit(self, report: Report, where: str | None = None) -> None:
         """Print the report, and write it to `--output`."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import FormatError
-from flamingo_ckpt.tensors import ByteSource, TensorInfo, contiguous_strides
+from flamingo_ckpt.formats.source import InflatedSource
+from flamingo_ckpt.tensors import ByteSource, TensorInfo, contiguous_strides, escape
 
 if TYPE_CHECKING:
     import numpy
@@ -17,6 +18,8 @@ BLOCK_BYTES = 256 << 10
 # Strided tensors: output gathered per step, and the largest single read for it.
 _GATHER_BYTES = 4 << 20
 _SPAN_BYTES = 1 << 20
+# A deflated record can only be read forward, and a gather goes over it once per box.
+_MAX_INFLATED_GATHER = 64 << 20
 # Below this share of wanted bytes in a span, its runs are read one by one.
 _MIN_DENSITY = 1 / 32
 
@@ -38,6 +41,14 @@ def read_blocks(tensor: TensorInfo, buffer: bytearray) -> Iterator[memoryview]:
     source, base = tensor.storage.locate()
     swap = tensor.byteorder == "big" and tensor.dtype.swap_bytes > 1
     if tensor.strides is not None:
+        if isinstance(source, InflatedSource) and source.size > _MAX_INFLATED_GATHER:
+            raise FormatError(
+                f"`{escape(tensor.name)}` is not contiguous, and deflated: it would be inflated "
+                "again and again",
+                code="FC109",
+                where=source.name,
+                hint="pack the archive again without compression",
+            )
         yield from _gathered(tensor, source, base, swap)
         return
     view = memoryview(buffer)[:BLOCK_BYTES]

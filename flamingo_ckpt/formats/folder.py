@@ -9,8 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from flamingo_ckpt.errors import UnsafeError
-from flamingo_ckpt.tensors import escape
+from flamingo_ckpt.formats.source import FileSource, check_contained
 
 # Data that a reader of the release needs: configs, tokenizers, processors, cards, pictures.
 _CARRIED_SUFFIXES = frozenset(
@@ -80,7 +79,7 @@ def sort_files(folder: str, weights: set[str], skip: str = "") -> FolderFiles:
         else:
             left.append((relative, "not a config, tokenizer, processor or card"))
     for relative in (*carried, *code):
-        _check_inside(folder, relative)
+        check_contained(folder, os.path.join(folder, relative))
     return FolderFiles(carried=tuple(carried), code=tuple(code), left=tuple(left))
 
 
@@ -107,21 +106,6 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _is_pickle(path: str) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(4)
+    source = FileSource(path)
+    head = source.read(0, min(4, source.size))
     return head[:1] == b"\x80" or head == b"PK\3\4"
-
-
-def _check_inside(folder: str, relative: str) -> None:
-    root, real = os.path.realpath(folder), os.path.realpath(os.path.join(folder, relative))
-    allowed = [root]
-    # The hub's cache: snapshots/REVISION/FILE is a link to blobs/DIGEST of the same repository.
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    if not any(os.path.commonpath([one, real]) == one for one in allowed):
-        raise UnsafeError(
-            f"`{escape(relative)}` is a link that leads out of the folder",
-            code="FC503",
-            where=folder,
-            hint="copy the file into the folder, or remove the link",
-        )

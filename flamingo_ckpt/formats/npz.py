@@ -9,7 +9,7 @@ from functools import partial
 from flamingo_ckpt.errors import CkptError, FormatError
 from flamingo_ckpt.formats.layout import FileLayout, OutTensor
 from flamingo_ckpt.formats.npy import VOID_CODES, npy_header, read_dtype, read_npy_header
-from flamingo_ckpt.formats.zip_archive import ZipArchive
+from flamingo_ckpt.formats.zip_archive import ZipArchive, no_checksums
 from flamingo_ckpt.formats.zip_layout import ZipLayout
 from flamingo_ckpt.tensors import Beside, ByteSource, Manifest, Storage, TensorInfo, escape
 
@@ -54,6 +54,7 @@ def read_npz(source: ByteSource, archive: ZipArchive, *, bfloat16: bool = False)
         tensors=tuple(tensors),
         files=((source.name, source.size),),
         beside=tuple(beside),
+        findings=tuple(no_checksums(source.name, archive.without_checksum())),
         sources=(source,),
         check=archive.check,
     )

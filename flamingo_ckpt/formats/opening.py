@@ -108,9 +108,9 @@ def _read(source: ByteSource, wrapper_key: str | None, npy_bfloat16: bool) -> Ma
         return read_safetensors(source)
     from flamingo_ckpt.formats.npy import NPY_MAGIC
     from flamingo_ckpt.formats.npz import read_npy
-    from flamingo_ckpt.formats.torch_legacy import MAGIC_PICKLE, read_torch_legacy
+    from flamingo_ckpt.formats.torch_legacy import MAGIC_BYTES, MAGIC_PICKLE, read_torch_legacy
 
-    if head.startswith(MAGIC_PICKLE):
+    if head.startswith(MAGIC_PICKLE) or (head[:1] == b"\x80" and MAGIC_BYTES in head[:32]):
         return read_torch_legacy(source, wrapper_key=wrapper_key)
     if head.startswith(NPY_MAGIC):
         return read_npy(source, bfloat16=npy_bfloat16)

@@ -17,39 +17,42 @@ _DANGEROUS_MODULES = frozenset(
     """
     _aix_support _ctypes _io _operator _osx_support _pickle _posixsubprocess _pyrepl _thread
     _xxsubinterpreters aiohttp antigravity asyncio atexit bdb bz2 cPickle cProfile cffi cgi cgitb
-    cloudpickle cmd code codeop commands compileall concurrent crypt ctypes dbm dill dis
-    distutils doctest ensurepip fabric faulthandler fileinput fsspec ftplib gc graphlib gzip http
-    httplib httpx idlelib imaplib imp importlib inspect io IPython joblib jsonpickle keyring
-    lib2to3 linecache lzma mailbox mailcap marshal mmap modulefinder msvcrt multiprocessing
-    nntplib nt ntpath numpy.ctypeslib numpy.distutils numpy.f2py numpy.testing operator optparse
-    os paramiko pdb pickle pickletools pip pkg_resources pkgutil platform popen2 poplib posix
-    posixpath profile pstats psutil pty py_compile pyclbr pydoc readline requests rlcompleter
-    runpy sched select selectors setuptools shelve shutil signal site smtpd smtplib socket
-    socketserver sqlite3 ssl subprocess symtable sys sysconfig tarfile telnetlib tempfile test
-    threading timeit tkinter trace turtle turtledemo unittest urllib urllib2 urllib3 venv
-    webbrowser winreg wsgiref xml xmlrpc zipapp zipfile zipimport
-    torch._C torch._classes torch._dynamo torch._export torch._inductor torch._jit_internal
-    torch._ops torch.autograd.profiler torch.classes torch.compiler torch.cuda.graphs
-    torch.cuda.jiterator torch.distributed.elastic torch.distributed.launch
-    torch.distributed.rpc torch.distributed.run torch.export torch.fx torch.hub torch.jit
-    torch.library torch.multiprocessing torch.onnx torch.ops torch.package torch.profiler
-    torch.serialization torch.testing torch.utils torch.utils.data.datapipes
+    cloudpickle cmd code codeop commands compileall concurrent crypt ctypes dbm dill dis distutils
+    doctest ensurepip fabric faulthandler fileinput fsspec ftplib gc graphlib gzip http httplib
+    httpx idlelib imaplib imp importlib inspect io IPython joblib jsonpickle keyring lib2to3
+    linecache lzma mailbox mailcap marshal mmap modulefinder msvcrt multiprocessing nntplib nox nt
+    ntpath numpy.ctypeslib numpy.distutils numpy.f2py numpy.testing operator optparse os paramiko
+    pdb pexpect pickle pickletools pip pkg_resources pkgutil platform popen2 poplib posix posixpath
+    profile pstats psutil ptyprocess pty py_compile _pytest pytest pyclbr pydoc readline requests
+    rlcompleter runpy sched select selectors setuptools shelve shutil signal site smtpd smtplib
+    socket socketserver sqlite3 ssl subprocess symtable sys sysconfig tarfile telnetlib tempfile
+    test threading timeit tkinter trace turtle turtledemo unittest urllib urllib2 urllib3 venv
+    webbrowser winreg wsgiref xml xmlrpc zipapp zipfile zipimport torch._C torch._classes
+    torch._dynamo torch._export torch._inductor torch._jit_internal torch._ops
+    torch.autograd.profiler torch.classes torch.compiler torch.cuda.graphs torch.cuda.jiterator
+    torch.distributed.elastic torch.distributed.launch torch.distributed.rpc torch.distributed.run
+    torch.export torch.fx torch.hub torch.jit torch.library torch.multiprocessing torch.onnx
+    torch.ops torch.package torch.profiler torch.serialization torch.testing torch.utils
+    torch.utils.data.datapipes
     """.split()
 )
-#: Python 2 and 3 builtins: only these plain types are harmless, every other name refuses.
+#: Python 2 and 3 builtins: these types and sums are harmless, every other name refuses.
 _BUILTIN_MODULES = frozenset({"builtins", "__builtin__", "__builtins__"})
 _HARMLESS_BUILTINS = frozenset(
     """
     bool bytearray bytes complex dict float frozenset int list long object range set slice str
-    tuple unicode xrange Ellipsis NotImplemented NoneType ArithmeticError AssertionError
-    AttributeError Exception IndexError KeyError OSError RuntimeError TypeError ValueError
+    tuple unicode xrange abs all any hash len max min pow print round sum
+    Ellipsis NotImplemented NoneType ArithmeticError AssertionError AttributeError Exception
+    IndexError KeyError OSError RuntimeError TypeError ValueError
     """.split()
 )
 #: Names that run or reach code wherever they live.
 _DANGEROUS_NAMES = frozenset(
     """
     __import__ __builtins__ __globals__ __subclasses__ __getattribute__ attrgetter breakpoint
-    check_output compile delattr eval exec execfile execv execve getattr globals import_module
+    check_output compile delattr eval exec execfile execl execle execlp execlpe execv execve execvp
+    execvpe fork getattr globals import_module kill posix_spawn posix_spawnp rmdir rmtree unlink
+    write_bytes write_text
     itemgetter load_module load_library locals methodcaller popen Popen run_code run_module run_path
     runcode runstring setattr spawnl spawnv startfile system
     """.split()
@@ -98,6 +101,7 @@ _HARMLESS_EXACT = frozenset(
         ("torch.jit._pickle", "build_tensor_from_id"),
         ("torch.jit._pickle", "restore_type_tag"),
         ("torch.serialization", "_get_layout"),
+        ("torch._C", "Generator"),
     }
 )
 
@@ -123,7 +127,11 @@ def is_dangerous(module: str, name: str) -> bool:
             break
     # A dotted name walks attributes: `torch` + `serialization.os.system` is `os.system`.
     walked = name.split(".")
-    if len(walked) > 1 and any(part in _DANGEROUS_MODULES for part in walked[:-1]):
+    # So is `random` + `_os.system`: the standard library imports under private names.
+    if any(_DANGEROUS_MODULES & {part, part.lstrip("_")} for part in walked[:-1]):
+        return True
+    # No class that a checkpoint carries is named by a walk that ends in a lower-case word.
+    if len(walked) > 1 and walked[-1][:1].islower():
         return True
     return any(part in _DANGEROUS_NAMES for part in walked)
 
@@ -147,7 +155,7 @@ UNSUPPORTED_TENSORS: dict[tuple[str, str], str] = {
     (_REBUILD, "_rebuild_sparse_csr_tensor"): "sparse",
     (_REBUILD, "_rebuild_qtensor"): "quantized",
     (_REBUILD, "_rebuild_nested_tensor"): "nested",
-    (_REBUILD, "_rebuild_meta_tensor_no_storage"): "meta (it has no data)",
+    (_REBUILD, "_rebuild_meta_tensor_no_storage"): "meta",
     (_REBUILD, "_rebuild_wrapper_subclass"): "wrapper-subclass",
     (_REBUILD, "_rebuild_device_tensor_from_numpy"): "device",
     (_REBUILD, "_rebuild_device_tensor_from_cpu_tensor"): "device",
@@ -190,6 +198,21 @@ STORAGE_DTYPES: dict[str, str] = {
 _STORAGE_MODULES = frozenset({"torch", "torch.cuda", "torch.storage"})
 #: Storage classes of quantized tensors.
 QUANTIZED_STORAGES = frozenset({"QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4"})
+#: Plain data that training loops leave behind: inert, and no news.
+_PLAIN_DATA = frozenset(
+    {
+        ("collections", "deque"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        *(("builtins", name) for name in ("bytearray", "complex", "range", "set", "slice")),
+        *(("__builtin__", name) for name in ("bytearray", "complex", "set", "slice")),
+        ("_codecs", "encode"),
+    }
+)
 _INERT_TORCH = frozenset(
     """
     Size device dtype strided sparse_coo sparse_csr per_tensor_affine per_channel_affine
@@ -215,5 +238,5 @@ def in_table(module: str, name: str) -> bool:
         or pair in PLAIN_TENSOR_TYPES
         or storage_class(module, name) is not None
         or (module == "torch" and (name in _INERT_TORCH or name in TORCH_DTYPES))
-        or pair in {("builtins", "set"), ("__builtin__", "set"), ("_codecs", "encode")}
+        or pair in _PLAIN_DATA
     )

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, Finding, FormatError, UnsafeError, name_some
 from flamingo_ckpt.formats.opening import read_source
-from flamingo_ckpt.formats.safetensors import parse_json_object
-from flamingo_ckpt.formats.source import FileSource
+from flamingo_ckpt.formats.safetensors import ALIASES_KEY, parse_json_object
+from flamingo_ckpt.formats.source import FileSource, check_contained
 from flamingo_ckpt.tensors import Beside, Manifest, TensorInfo, distinct, escape, has_control
 
 _MAX_INDEX_BYTES = 256 << 20
@@ -75,7 +76,7 @@ def open_index(
     """
     weight_map, metadata = _read_index(path)
     folder = os.path.dirname(path) or "."
-    shards = list(dict.fromkeys(weight_map.values()))
+    shards = sorted(set(weight_map.values()))
     options: dict[str, Any] = {"wrapper_key": wrapper_key, "npy_bfloat16": npy_bfloat16}
     missing = [shard for shard in shards if not os.path.lexists(os.path.join(folder, shard))]
     if missing:
@@ -89,7 +90,8 @@ def open_index(
     manifest = _gather(folder, shards, options)
     _cross_check(weight_map, manifest, path)
     findings = [*manifest.findings, *_check_total(metadata, manifest)]
-    return _replace(manifest, uri=path, findings=tuple(findings), index=os.path.basename(path))
+    details = {**manifest.details, "index": os.path.basename(path)}
+    return replace(manifest, uri=path, findings=tuple(findings), details=details)
 
 
 def _read_index(path: str) -> tuple[dict[str, str], Mapping[str, Any]]:
@@ -136,6 +138,13 @@ def _find_unindexed(folder: str, names: list[str]) -> list[str]:
         and not _NOT_WEIGHTS.fullmatch(name)
         and os.path.isfile(os.path.join(folder, name))
     ]
+    if any(name.endswith(".distcp") for name in names):
+        raise CkptError(
+            "it is a distributed checkpoint (torch.distributed.checkpoint), which is not read yet",
+            code="FC112",
+            where=folder,
+            hint="python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt",
+        )
     safetensors = [name for name in files if name.endswith(".safetensors")]
     files = safetensors or files
     if not files:
@@ -181,25 +190,9 @@ def _gather(folder: str, shards: list[str], options: dict[str, Any]) -> Manifest
     parts = []
     for shard in shards:
         path = os.path.join(folder, shard)
-        _check_contained(folder, path)
+        check_contained(folder, path)
         parts.append((shard, read_source(FileSource(path), **options)))
     return _merge(folder, parts)
-
-
-def _check_contained(folder: str, path: str) -> None:
-    """A symbolic link may lead within the folder, or into the blobs of the hub cache above it."""
-    real_folder, real = os.path.realpath(folder), os.path.realpath(path)
-    allowed = [real_folder]
-    snapshots = os.path.dirname(real_folder)
-    if os.path.basename(snapshots) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
-    if not any(os.path.commonpath([root, real]) == root for root in allowed):
-        raise UnsafeError(
-            f"`{escape(os.path.basename(path))}` is a link that leads out of the folder",
-            code="FC503",
-            where=path,
-            hint="copy the file into the folder, or name its target",
-        )
 
 
 def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
@@ -219,8 +212,10 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
                     key=tensor.name,
                     hint="remove the stale one, or name the file you mean",
                 )
-            tensors[tensor.name] = _in_file(tensor, shard)
+            tensors[tensor.name] = replace(tensor, file=shard)
         for key, value in part.metadata.items():
+            if key == ALIASES_KEY:
+                continue  # of this shard alone, and read already
             if metadata.setdefault(key, value) != value:
                 findings.append(_conflict(folder, key))
         findings += part.findings
@@ -231,6 +226,7 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         for _, part in parts:
             part.check()
 
+    wrappers = list(dict.fromkeys(part.wrapper for _, part in parts if part.wrapper))
     formats = list(dict.fromkeys(part.format for _, part in parts))
     if len(formats) > 1:
         raise FormatError(
@@ -243,7 +239,7 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         format=formats[0],
         tensors=tuple(tensors.values()),
         files=tuple((shard, part.files[0][1]) for shard, part in parts),
-        wrapper=parts[0][1].wrapper,
+        wrapper=", ".join(wrappers) or None,
         metadata=metadata,
         pickle_globals=pickle_globals,
         beside=tuple(beside),
@@ -253,21 +249,6 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         sources=tuple(source for _, part in parts for source in part.sources),
         check=check,
     )
-
-
-def _in_file(tensor: TensorInfo, file: str) -> TensorInfo:
-    from dataclasses import replace
-
-    return replace(tensor, file=file)
-
-
-def _replace(
-    manifest: Manifest, *, uri: str, findings: tuple[Finding, ...], index: str
-) -> Manifest:
-    from dataclasses import replace
-
-    details = {**manifest.details, "index": index}
-    return replace(manifest, uri=uri, findings=findings, details=details)
 
 
 def _conflict(folder: str, key: str) -> Finding:

@@ -12,8 +12,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ckpt.errors import CkptError, FormatError
-from flamingo_ckpt.tensors import ByteSource
+from flamingo_ckpt.errors import CkptError, FormatError, UnsafeError
+from flamingo_ckpt.tensors import ByteSource, escape
 
 _CHECKPOINT_BYTES = 32 << 20  # inflated bytes between two kept decompressor states
 _INFLATE_BLOCK = 256 << 10
@@ -223,3 +223,19 @@ class InflatedSource:
 
     def _bad(self, message: str) -> FormatError:
         return FormatError(message, code="FC102", where=self._name)
+
+
+def check_contained(folder: str, path: str) -> None:
+    """A symbolic link may lead within the folder, or into the blobs of the hub cache above it."""
+    real_folder, real = os.path.realpath(folder), os.path.realpath(path)
+    allowed = [real_folder]
+    snapshots = os.path.dirname(real_folder)
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    if not any(os.path.commonpath([root, real]) == root for root in allowed):
+        raise UnsafeError(
+            f"`{escape(os.path.basename(path))}` is a link that leads out of the folder",
+            code="FC503",
+            where=path,
+            hint="copy the file into the folder, or name its target",
+        )

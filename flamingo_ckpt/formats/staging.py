@@ -66,7 +66,7 @@ def staged_folder(dst: str, *, overwrite: bool, keep: Callable[[str], bool]) -> 
     Raises:
         WriteError: FC003 or FC004.
     """
-    dst = dst.rstrip("/") or "/"
+    dst = os.path.abspath(dst)  # `.` has no name to stage beside
     recover(dst)
     check_replaceable(dst, overwrite=overwrite, folder=True)
     with _explained(dst):
@@ -83,7 +83,8 @@ def staged_folder(dst: str, *, overwrite: bool, keep: Callable[[str], bool]) -> 
             replaced = _put_folder(staging, dst, overwrite=overwrite)
             sync_folder(os.path.dirname(dst) or ".")
             if replaced:
-                shutil.rmtree(replaced)
+                # The new one is in place; what cannot be removed now, the next run removes.
+                shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -93,7 +94,16 @@ def staged_folder(dst: str, *, overwrite: bool, keep: Callable[[str], bool]) -> 
 
 def check_replaceable(dst: str, *, overwrite: bool, folder: bool) -> None:
     """Raise FC003 or FC004 before any work is done, where `dst` cannot become what is asked."""
+    if not dst:
+        raise WriteError("the destination is empty", code="FC004", hint="name a file or a folder")
     parent = os.path.dirname(dst.rstrip("/")) or "."
+    if folder and os.path.ismount(dst):
+        raise WriteError(
+            f"`{dst}` is a mount point, which cannot be exchanged",
+            code="FC004",
+            where=dst,
+            hint="name a folder in it",
+        )
     if os.path.islink(dst.rstrip("/")):
         raise WriteError(
             f"`{dst}` is a symbolic link",
@@ -186,12 +196,12 @@ def recover(dst: str) -> None:
     Where there is no renameat2, a run can be killed between its two renames: then the old folder
     stands aside, and is put back before anything is decided about it.
     """
-    folder, name = os.path.split(dst.rstrip("/"))
-    folder = folder or "."
+    dst = os.path.abspath(dst)
+    folder, name = os.path.split(dst)
     if not os.path.isdir(folder):
         return
     with _explained(dst):
-        _recover(dst.rstrip("/"), folder, name)
+        _recover(dst, folder, name)
 
 
 def _recover(dst: str, folder: str, name: str) -> None:

@@ -19,8 +19,10 @@ from flamingo_ckpt.formats.wrapper import select_weights
 from flamingo_ckpt.tensors import DTYPES, ByteSource, Manifest, Storage, escape
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-#: The first pickle, whole: PROTO 2, LONG1 of ten bytes, STOP.
-MAGIC_PICKLE = b"\x80\x02\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
+#: The number as every protocol from 2 on holds it.
+MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
+#: The first pickle, whole, as torch writes it by default: PROTO 2, LONG1 of ten bytes, STOP.
+MAGIC_PICKLE = b"\x80\x02\x8a\x0a" + MAGIC_BYTES + b"."
 _PROTOCOL = 1001
 _MAX_STORAGES = 1_000_000
 

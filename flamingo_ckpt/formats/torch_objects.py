@@ -40,6 +40,9 @@ from flamingo_ckpt.tensors import (
 
 _MAX_DIMS = 64
 _MAX_NESTING = 100
+_MAX_METADATA = 16
+# Settable attributes of torch.Tensor that replace its content.
+_BYTES_OF_A_TENSOR = frozenset({"data", "grad", "imag", "real"})
 # Four times the nodes that a pickle can have: only values that overlap again and again exceed it.
 _MAX_VISITS = 16_000_000
 
@@ -102,12 +105,14 @@ class TorchObjects:
                 f"`{escape(name)}` is a {UNSUPPORTED_TENSORS[pair]} tensor, "
                 "which no dense format holds",
                 code="FC306",
-                hint="make it dense where it was trained (`.to_dense()`, `.dequantize()`, "
-                "`.full_tensor()`) and save again",
+                hint="where it was trained, make it a plain tensor with data (`.to_dense()`, "
+                "`.dequantize()`, `.full_tensor()`) and save again",
             )
         reader = REBUILDERS.get(pair)
         if reader is None:
             return None
+        if node.states or node.items or node.pairs:
+            raise self._bad(f"`{escape(name)}` is changed after it was rebuilt")
         if depth > _MAX_NESTING:
             raise self._bad(f"`{escape(name)}` is wrapped more than {_MAX_NESTING} times")
         args = node.args
@@ -118,6 +123,8 @@ class TorchObjects:
         return self._rebuild(reader, args, name)
 
     def _inner(self, args: tuple[Any, ...], name: str, depth: int) -> TensorInfo:
+        if len(args) > 3:
+            self._refuse_state(args[3], name)
         found = self._tensor(args[0], name, depth + 1) if args else None
         if found is None:
             raise self._depends(name, args[0] if args else None)
@@ -127,6 +134,7 @@ class TorchObjects:
         """`_rebuild_from_type_v2(func, type, args, state)`: a tensor with attributes."""
         if len(args) != 4 or not isinstance(args[1], Global) or type(args[2]) is not tuple:
             raise self._bad(f"`{escape(name)}` has malformed arguments")
+        self._refuse_state(args[3], name)
         kind = args[1]
         if (kind.module, kind.name) not in PLAIN_TENSOR_TYPES:
             raise UnsafeError(
@@ -268,11 +276,24 @@ class TorchObjects:
             raise self._bad(f"`{escape(name)}` has a negative or too large size or stride", "FC103")
         return tuple(values)
 
+    def _refuse_state(self, state: Any, name: str) -> None:
+        """Torch sets each entry as an attribute; some attributes are the tensor's own bytes."""
+        parts = state if type(state) is tuple else (state,)
+        for part in parts:
+            if part is None:
+                continue
+            if not isinstance(part, Mapping) or any(
+                type(key) is not str or key in _BYTES_OF_A_TENSOR for key, _ in part.pairs
+            ):
+                raise self._bad(f"`{escape(name)}` has state that would change the tensor")
+
     def _refuse_lazy(self, metadata: Any, name: str) -> None:
         """Conjugate and negative views: the bytes are not the value."""
         if metadata is None:
             return
         if not isinstance(metadata, Mapping):
+            raise self._bad(f"`{escape(name)}` has malformed tensor metadata")
+        if len(metadata.pairs) > _MAX_METADATA:
             raise self._bad(f"`{escape(name)}` has malformed tensor metadata")
         lazy = {"conj", "neg"}
         bits = [key for key, on in metadata.pairs if type(key) is str and key in lazy and on]
@@ -306,17 +327,24 @@ def entries(node: Any) -> list[tuple[Any, Any]] | None:
         return node.pairs
     if type(node) in (list, tuple):
         return [(str(index), value) for index, value in enumerate(node)]
-    return _pairs_of_args(node) + node.pairs if _calls(node, DICT_TYPES) else None
+    if not _calls(node, DICT_TYPES):
+        return None
+    initial = _pairs_of_args(node)
+    return None if initial is None else initial + node.pairs
 
 
-def _pairs_of_args(node: Inert) -> list[tuple[Any, Any]]:
-    """`OrderedDict([[k, v], ...])` and `OrderedDict({...})`, as old writers spell it."""
+def _pairs_of_args(node: Inert) -> list[tuple[Any, Any]] | None:
+    """`OrderedDict([[k, v], ...])` and `OrderedDict({...})`; None for what is neither."""
     found: list[tuple[Any, Any]] = []
-    for arg in node.args:
+    for position, arg in enumerate(node.args):
         if isinstance(arg, Mapping):
             found += arg.pairs
-        elif type(arg) is list:
-            found += [tuple(item) for item in arg if type(item) in (list, tuple) and len(item) == 2]
+        elif type(arg) in (list, tuple):
+            if any(type(item) not in (list, tuple) or len(item) != 2 for item in arg):
+                return None
+            found += [tuple(item) for item in arg]
+        elif position or not (arg is None or isinstance(arg, Global)):
+            return None  # a defaultdict's factory comes first; anything else is no dict
     return found
 
 
@@ -350,7 +378,7 @@ class Census:
     """
 
     def __init__(self, where: str) -> None:
-        self._where = where
+        self.where = where
         self._counts: dict[int, int] = {}
         self._visited = 0
 
@@ -369,7 +397,7 @@ class Census:
                     raise FormatError(
                         "the values in the file refer to each other too often to be listed",
                         code="FC111",
-                        where=self._where,
+                        where=self.where,
                     )
             self._counts[id(root)] = found
         return self._counts[id(root)]
@@ -410,9 +438,11 @@ def _describe(node: Any) -> str:
         return "tensor"
     if type(node) in (list, tuple):
         return f"list of {len(node)}"
-    pairs = entries(node)
-    if pairs is not None:
-        return f"mapping of {len(pairs)}"
+    if isinstance(node, Mapping):
+        return f"mapping of {len(node.pairs)}"
+    if _calls(node, DICT_TYPES):
+        initial = sum(len(arg) for arg in node.args if type(arg) in (list, tuple))
+        return f"mapping of {initial + len(node.pairs)}"
     if isinstance(node, Inert):
         return f"object {node.function}" if isinstance(node.function, Global) else "object"
     return type(node).__name__.lower()

@@ -14,7 +14,7 @@ from flamingo_ckpt.formats.checksum import crc32
 from flamingo_ckpt.formats.layout import FileLayout, OutTensor
 from flamingo_ckpt.formats.pickle_globals import STORAGE_DTYPES
 from flamingo_ckpt.formats.zip_layout import ZipLayout
-from flamingo_ckpt.tensors import contiguous_strides, escape
+from flamingo_ckpt.tensors import contiguous_strides, escape, is_tensor_name
 
 _ALIGNMENT = 64
 _STORAGE_CLASSES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
@@ -29,6 +29,8 @@ def layout_torch(file: str, tensors: Iterable[OutTensor]) -> FileLayout:
     tensors = list(tensors)
     # torch names the folder inside after the file, without its last suffix.
     root = file.rpartition(".")[0] or file
+    if not is_tensor_name(root):
+        root = "archive"  # a file name need not be text; torch reads any folder name
     archive = ZipLayout(_ALIGNMENT)
     data = _pickle_state_dict(tensors)
     archive.add(f"{root}/data.pkl", data)
@@ -100,6 +102,14 @@ def _write_tensor(writer: _PickleWriter, index: int, tensor: OutTensor) -> None:
     if dtype.torch is None:
         raise CkptError(
             f"`{escape(tensor.name)}` is {dtype}, which torch cannot hold",
+            code="FC305",
+            key=tensor.name,
+            hint="`--format safetensors` keeps it",
+        )
+    if dtype.bits < 8 and (not shape or shape[-1] % 2):
+        raise CkptError(
+            f"`{escape(tensor.name)}` is {dtype} with an odd last dimension, "
+            "which torch cannot hold",
             code="FC305",
             key=tensor.name,
             hint="`--format safetensors` keeps it",

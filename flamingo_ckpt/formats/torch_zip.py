@@ -15,7 +15,7 @@ from flamingo_ckpt.formats.pickle_machine import MAX_PICKLE_BYTES, Pickled, read
 from flamingo_ckpt.formats.torch_objects import TorchObjects
 from flamingo_ckpt.formats.torchscript import read_module
 from flamingo_ckpt.formats.wrapper import select_weights
-from flamingo_ckpt.formats.zip_archive import ZipArchive
+from flamingo_ckpt.formats.zip_archive import ZipArchive, no_checksums
 from flamingo_ckpt.tensors import ByteSource, Manifest, Storage, escape
 
 _VERSIONS = range(1, 11)
@@ -60,7 +60,9 @@ def read_torch_zip(
         pickle_globals=classify_globals(pickled),
         beside=select.beside,
         findings=tuple(
-            _unreferenced(archive, root, pickled) + unknown_findings(select.unknown_classes)
+            _unreferenced(archive, root, pickled)
+            + unknown_findings(select.unknown_classes)
+            + no_checksums(where, archive.without_checksum())
         ),
         details={
             "byteorder": byteorder,
@@ -151,6 +153,7 @@ def _unreferenced(archive: ZipArchive, root: str, pickled: Pickled) -> list[Find
         for item in pickled.persistent
         if type(item.id) is tuple and len(item.id) > 2 and type(item.id[2]) is str
     }
+    frozen = [name for name in archive.entries if name.startswith(f"{root}constants/")]
     unused = [
         name for name in archive.entries if name.startswith(f"{root}data/") and name not in used
     ]
@@ -160,7 +163,16 @@ def _unreferenced(archive: ZipArchive, root: str, pickled: Pickled) -> list[Find
         if not name.startswith(root) or name.endswith((".pkl", ".pickle"))
     ]
     foreign = [name for name in foreign if name not in (f"{root}data.pkl", f"{root}constants.pkl")]
-    return [
+    lost = [
+        Finding(
+            code="FC113",
+            severity="warning",
+            detail=f"{len(frozen)} tensors lie among the constants of frozen code, without names; "
+            "they are not read",
+            hint="take the module from before `torch.jit.freeze`",
+        )
+    ]
+    return (lost if frozen else []) + [
         Finding(
             code="FC113",
             severity="warning",

@@ -48,7 +48,11 @@ def read_module(root: Any, objects: TorchObjects, where: str) -> Selection:
             if type(key) is not str:
                 raise FormatError("a module attribute has no name", code="FC110", where=where)
             characters += len(prefix) + len(key)
-            if depth > _MAX_DEPTH or visited > _MAX_MODULES or characters > _MAX_NAME_CHARACTERS:
+            if (
+                depth > _MAX_DEPTH
+                or max(visited, len(names)) > _MAX_MODULES
+                or characters > _MAX_NAME_CHARACTERS
+            ):
                 raise FormatError("the module tree is too deep or loops", code="FC111", where=where)
             name = f"{prefix}{key}"
             if name in names:

@@ -73,8 +73,7 @@ def select_weights(
         UnsafeError: FC502 where a tensor hangs below an unknown class.
     """
     if is_tensor(root):
-        root = [("tensor", root)]
-        lone = objects.tensor(root[0][1], "tensor")
+        lone = objects.tensor(root, "tensor")
         return Selection(key=None, tensors=(lone,) if lone else (), beside=(), unknown_classes=())
     census = Census(where)
     chosen = _choose(root, wrapper_key, census, where)
@@ -279,9 +278,14 @@ def _siblings(root: Any, path: tuple[str, ...], census: Census) -> list[Beside]:
     node = root
     for depth, step in enumerate(path):
         following = None
+        found = False
         for key, value in entries(node) or []:
-            if type(key) is str and key == step and following is None:
-                following = value
+            if type(key) is str and key == step:
+                if found:  # a dict keeps the last, and whoever reads the pickle may not
+                    raise FormatError(
+                        f"two entries are named `{escape(step)}`", code="FC104", where=census.where
+                    )
+                following, found = value, True
                 continue
             name = key if type(key) is str else describe(key)
             beside.append(
@@ -330,4 +334,4 @@ def _nothing(root: Any, census: Census, where: str) -> CkptError:
             where=where,
             hint="name the part that holds the weights: `--wrapper-key KEY`",
         )
-    return CkptError(f"it holds no tensors: it is a {describe(root)}", code="FC201", where=where)
+    return CkptError(f"it holds no tensors, only: {describe(root)}", code="FC201", where=where)

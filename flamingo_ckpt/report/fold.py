@@ -13,6 +13,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 _MAX_WORDS = 6
+# Names with more components are hostile, not repetitive; they are shown one by one.
+_MAX_DEPTH = 64
 _Component = tuple[str, ...]
 
 
@@ -54,7 +56,7 @@ def fold(entries: Iterable[tuple[str, Hashable]]) -> list[Row]:
     rows = [Row(tuple((part,) for part in key.split(".")), facts) for key, facts in entries]
     if len(rows) < 2:
         return rows
-    deepest = max(len(row.components) for row in rows)
+    deepest = min(max(len(row.components) for row in rows), _MAX_DEPTH)
     for position in range(deepest):
         rows = _merge(rows, position, numbers=True)
     for position in reversed(range(deepest)):
@@ -67,7 +69,7 @@ def _merge(rows: Sequence[Row], position: int, *, numbers: bool) -> list[Row]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         parts = row.components
-        fits = len(parts) > position and all(
+        fits = position < len(parts) <= _MAX_DEPTH and all(
             _is_number(text) if numbers else _is_word(text) for text in parts[position]
         )
         key: object = (

@@ -197,6 +197,7 @@ def _verify(report: Report) -> list[str]:
     lines += [f"  {name:<11}{number}" for name, number in rows if number or name == "bit-exact"]
     lines.append(
         "faithful: every tensor is there, bit for bit"
+        + (" after the cast" if summary["cast"] else "")
         if report.verdict == "pass"
         else "not faithful"
     )

@@ -116,7 +116,7 @@ def test_usage_errors(arguments: list[str], name: str) -> None:
     assert document["command"]["argv"] == [*arguments, "--json"]
     plain = cli(*arguments)
     assert (plain.code, plain.out) == (2, "")
-    assert plain.err.startswith("error: ")
+    assert plain.err.startswith("error: " if arguments else "Usage: ")
     assert "Traceback" not in plain.err
 
 

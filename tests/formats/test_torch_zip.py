@@ -132,7 +132,7 @@ def test_expanded_views_need_permission(tmp_path: Path) -> None:
     src = save(tensors, tmp_path / "src.pt")
     refused = cli("convert", src, tmp_path / "a.safetensors", "--json")
     assert (refused.code, refused.codes) == (2, ["FC307"])
-    assert "--max-expansion 51" in refused.document["findings"][0]["hint"]
+    assert "--max-expansion 50" in refused.document["findings"][0]["hint"]
     cli_ok("convert", src, tmp_path / "a.safetensors", "--max-expansion", 51)
     assert facts_at(tmp_path / "a.safetensors") == torch_facts(tensors)
     assert cli("inspect", src, "--json").codes == ["FC307"]
