@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flamingo_ckpt.cli.options import ByteSize, mapping_options, verb
+from flamingo_ckpt.cli.options import ByteSize, mapping_options, open_and_plan, verb
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report, describe_input
 
@@ -66,25 +66,11 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     been read back and compared with SRC bit for bit.
     """
     from flamingo_ckpt.convert import ConvertOptions, plan_write, summary_of
-    from flamingo_ckpt.formats import open_checkpoint
-    from flamingo_ckpt.plan import PlanOptions, make_plan
     from flamingo_ckpt.write_plan import choose_format, omissions, planned_files
 
     choose_format(chosen["dst"], chosen["format"])
-    manifest = open_checkpoint(
-        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
-    )
-    plan = make_plan(
-        manifest,
-        PlanOptions(
-            keep_prefix=chosen["keep_prefix"],
-            include=chosen["include"],
-            exclude=chosen["exclude"],
-            dtype=chosen["dtype"],
-            max_expansion=chosen["max_expansion"],
-            untie=chosen["untie"],
-        ),
-    )
+    plan = open_and_plan(chosen)
+    manifest = plan.source
     options = ConvertOptions(
         format=chosen["format"],
         max_shard_bytes=chosen["max_shard_size"],

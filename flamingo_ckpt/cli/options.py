@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.plan import Plan
 
 Verb = Callable[..., Report]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -142,3 +145,22 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     )
     return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
+
+
+def open_and_plan(chosen: Mapping[str, Any]) -> Plan:
+    """Open SRC and plan what becomes of its names, by the options of `mapping_options`."""
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.plan import PlanOptions, make_plan
+
+    manifest = open_checkpoint(
+        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
+    )
+    options = PlanOptions(
+        keep_prefix=chosen["keep_prefix"],
+        include=chosen["include"],
+        exclude=chosen["exclude"],
+        dtype=chosen["dtype"],
+        max_expansion=chosen["max_expansion"],
+        untie=chosen.get("untie", False),
+    )
+    return make_plan(manifest, options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from flamingo_ckpt.cli.options import mapping_options, verb
+from flamingo_ckpt.cli.options import mapping_options, open_and_plan, verb
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report, describe_input
 
@@ -32,23 +32,11 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     """
     from flamingo_ckpt.formats import open_checkpoint
     from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
-    from flamingo_ckpt.plan import PlanOptions, make_plan
     from flamingo_ckpt.verify import summary_of
     from flamingo_ckpt.verify import verify as compare
 
-    manifest = open_checkpoint(
-        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
-    )
-    plan = make_plan(
-        manifest,
-        PlanOptions(
-            keep_prefix=chosen["keep_prefix"],
-            include=chosen["include"],
-            exclude=chosen["exclude"],
-            dtype=chosen["dtype"],
-            max_expansion=chosen["max_expansion"],
-        ),
-    )
+    plan = open_and_plan(chosen)
+    manifest = plan.source
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
     with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
         result = compare(plan, written, progress.phase("verifying"))

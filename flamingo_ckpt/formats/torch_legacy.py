@@ -13,7 +13,8 @@ from flamingo_ckpt.errors import Finding, FormatError
 from flamingo_ckpt.formats.pickle_globals import STORAGE_DTYPES, storage_class
 from flamingo_ckpt.formats.pickle_machine import Pickled, read_pickle
 from flamingo_ckpt.formats.pickle_nodes import Global, Mapping
-from flamingo_ckpt.formats.torch_objects import TorchObjects, describe, is_natural
+from flamingo_ckpt.formats.torch_nodes import describe, is_natural
+from flamingo_ckpt.formats.torch_objects import TorchObjects
 from flamingo_ckpt.formats.torch_zip import classify_globals, unknown_findings
 from flamingo_ckpt.formats.wrapper import select_weights
 from flamingo_ckpt.tensors import DTYPES, ByteSource, Manifest, Storage, escape

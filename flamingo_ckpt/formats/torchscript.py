@@ -9,7 +9,8 @@ from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError
 from flamingo_ckpt.formats.pickle_nodes import Global, Inert, Mapping
-from flamingo_ckpt.formats.torch_objects import Census, TorchObjects, describe
+from flamingo_ckpt.formats.torch_nodes import Census, describe
+from flamingo_ckpt.formats.torch_objects import TorchObjects
 from flamingo_ckpt.formats.wrapper import Selection
 from flamingo_ckpt.tensors import Beside, TensorInfo, escape
 

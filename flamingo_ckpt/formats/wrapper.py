@@ -11,15 +11,15 @@ from typing import Any
 
 from flamingo_ckpt.errors import CkptError, FormatError, UnsafeError
 from flamingo_ckpt.formats.pickle_nodes import walk
-from flamingo_ckpt.formats.torch_objects import (
+from flamingo_ckpt.formats.torch_nodes import (
     Census,
-    TorchObjects,
     describe,
     entries,
     is_tensor,
     state_entries,
     unknown_class,
 )
+from flamingo_ckpt.formats.torch_objects import TorchObjects
 from flamingo_ckpt.tensors import Beside, TensorInfo, escape
 
 #: In order of preference.
