@@ -48,7 +48,7 @@ def refusal(path: Path) -> str:
     return caught.value.code
 
 
-def in_bounds(path: Path, *, seconds: float = 30, mebibytes: int = 1024) -> str:
+def in_bounds(path: Path, *, seconds: float = 30, mebibytes: int = 1024, text: bool = False) -> str:
     """The code of `inspect` within so much time and address space; '' if it lists the file.
 
     In a process of its own, so that a bomb cannot take the tests with it.
@@ -56,11 +56,11 @@ def in_bounds(path: Path, *, seconds: float = 30, mebibytes: int = 1024) -> str:
     lines = (
         "import json, sys",
         "from flamingo_ckpt.cli.main import run",
-        "sys.exit(run(['inspect', sys.argv[1], '--json']))",
+        "sys.exit(run(['inspect', *sys.argv[1:]]))",
     )
     limit = mebibytes << 20
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), str(path)],
+        [sys.executable, "-c", "\n".join(lines), str(path), *([] if text else ["--json"])],
         capture_output=True,
         text=True,
         timeout=seconds,

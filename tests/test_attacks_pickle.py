@@ -287,3 +287,52 @@ def test_a_pickle_behind_the_weights_is_not_opened(tmp_path: Path) -> None:
     ]
     assert converted(path) == {"weight": ("F32", [2, 2], hm.WEIGHT)}
     assert not payload.mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("random", "_os.execlp"),
+        ("random", "_os.posix_spawn"),
+        ("argparse", "_os.remove"),
+        ("collections", "_sys.modules"),
+        ("logging", "os.execlp"),
+        ("pathlib", "Path.unlink"),
+        ("pathlib", "PosixPath.write_text"),
+        ("pexpect", "spawn"),
+        ("pytest", "main"),
+        ("_pytest.config", "main"),
+    ],
+)
+def test_walks_and_runners_that_hide_in_harmless_modules(
+    module: str, name: str, tmp_path: Path
+) -> None:
+    for number, spelled in enumerate((hm.named(module, name), hm.stack_named(module, name))):
+        body = hm.mapping([("state_dict", hm.state_dict()), ("note", spelled)])
+        refused(put_file(tmp_path, hm.torch_zip(body), f"{number}.pt"), "FC501")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("collections", "deque"),
+        ("numpy", "dtype"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("builtins", "complex"),
+        ("builtins", "slice"),
+    ],
+)
+def test_plain_data_beside_the_weights_is_no_news(module: str, name: str, tmp_path: Path) -> None:
+    beside = hm.call(hm.named(module, name), hm.number(1))
+    body = hm.mapping([("state_dict", hm.state_dict()), ("note", beside)])
+    document = inspected(put_file(tmp_path, hm.torch_zip(body)))
+    assert finding_codes(document) == set()
+
+
+@pytest.mark.parametrize(("module", "name"), [("builtins", "print"), ("torch._C", "Generator")])
+def test_harmless_callables_do_not_refuse(module: str, name: str, tmp_path: Path) -> None:
+    beside = hm.call(hm.named(module, name), hm.text("x"))
+    body = hm.mapping([("state_dict", hm.state_dict()), ("note", beside)])
+    assert list(converted(put_file(tmp_path, hm.torch_zip(body)))) == ["weight"]

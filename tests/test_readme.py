@@ -81,7 +81,7 @@ def test_the_first_two_commands_are_the_set_up() -> None:
 def test_every_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+)", "".join(code_in(README)))) <= targets
+    assert set(re.findall(r"\bmake ([a-z]+)", "\n".join(code_in(README)))) <= targets
 
 
 def test_every_path_that_is_named_exists() -> None:

@@ -299,3 +299,19 @@ def test_convert_puts_nothing_in_place_that_reads_back_wrong(
         assert not (tmp_path / target).exists()
     cli_ok("convert", tmp_path / "src.pt", tmp_path / "out", "--no-verify")
     assert facts_at(tmp_path / "out") != facts_at(tmp_path / "src.pt")
+
+
+def test_what_a_cast_loses_is_said_and_no_difference(tmp_path: Path) -> None:
+    torch.save({"w": torch.tensor([1e6, 1.0])}, tmp_path / "src.pt")
+    dst = tmp_path / "dst.safetensors"
+    safetensors.torch.save_file({"w": torch.tensor([1e6, 1.0]).half()}, dst, {"format": "pt"})
+    command = ("verify", tmp_path / "src.pt", dst, "--dtype", "float16")
+    outcome = cli_ok(*command, "--json")
+    assert outcome.document["verdict"] == "pass"
+    found = {item["code"]: item["severity"] for item in outcome.document["findings"]}
+    assert found["FC303"] == "warning"
+    assert "error" not in found.values()
+    assert "bit for bit after the cast" in cli_ok(*command).out
+    same = cli_ok("verify", dst, dst).out
+    assert "bit for bit" in same
+    assert "after the cast" not in same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,19 @@ class ByteSize(click.ParamType[int]):
         if not 1 <= size < 1 << 63:
             self.fail(f"{value!r} is not a size like 5GB or 500MiB", param, ctx)
         return int(size)
+
+
+class Ratio(click.FloatRange):
+    """A number within a range; NaN is in none, though every comparison with it is false."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, finite."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 _SHARED = (
@@ -138,7 +152,7 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--max-expansion",
-            type=click.FloatRange(min=1, max=1e9),
+            type=Ratio(min=1, max=1e9),
             default=1.0,
             metavar="RATIO",
             help="Write out views up to this many times their stored bytes. Default: 1.",

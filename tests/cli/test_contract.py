@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,11 @@ USAGE = [
     (["convert", "a", "b", "--format", "onnx"], "convert"),
     (["convert", "a", "b", "--dtype", "int8"], "convert"),
     (["convert", "a", "b", "--max-expansion", "0.5"], "convert"),
+    (["convert", "a", "b", "--max-expansion", "nan"], "convert"),
+    (["convert", "a", "b", "--max-expansion", "inf"], "convert"),
+    (["convert", "a", "b", "--max-expansion", "1e300"], "convert"),
+    (["convert", "a", "b", "--max-shard-size", "9" * 400], "convert"),
+    (["convert", "a", "b", "--max-shard-size", "9" * 30 + "TB"], "convert"),
     (["verify", "a"], "verify"),
     (["verify", "a", "b", "--color", "sometimes"], "verify"),
     (["inspect", "a", "--output", "report.html"], "inspect"),
@@ -266,3 +274,43 @@ def test_the_module_and_the_function_are_one_program(tmp_path: Path) -> None:
     assert process == cli("inspect", SRC)
     assert cli_process("inspect", tmp_path / "absent").code == 2
     assert cli_process("verify", SRC, FIXTURES / "tiny.safetensors").code == 1
+
+
+def test_a_verdict_survives_a_reader_that_left(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "b.pt")
+    command = [sys.executable, "-W", "error", "-m", "flamingo_ckpt", "verify"]
+    for second, code in (("b.pt", 1), ("a.pt", 0), ("none.pt", 2)):
+        for options in ([], ["--json"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            try:
+                done = subprocess.run(
+                    [*command, str(tmp_path / "a.pt"), str(tmp_path / second), *options],
+                    stdout=writer,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    timeout=120,
+                    check=False,
+                )
+            finally:
+                os.close(writer)
+            assert done.returncode == code, done.stderr
+            assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_report_that_cannot_be_written_is_known_first(verb: str, tmp_path: Path) -> None:
+    report = tmp_path / "missing" / "report.json"
+    outcome = cli(*commands(tmp_path)[verb], "--output", report)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    assert names_in(tmp_path) == []
+
+
+def test_without_a_verb_there_is_help() -> None:
+    outcome = cli_process()
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("Usage: ")
+    assert all(verb in outcome.err for verb in VERBS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from flamingo_ckpt.formats import extract
 from flamingo_ckpt.tensors import DTYPES, Storage, TensorInfo
-from tests.support import MemorySource
+from tests.support import MemorySource, cli, facts_at
 
 _WIDTHS = {"U8": 1, "F16": 2, "F32": 4, "F64": 8, "C128": 16}
 
@@ -147,3 +148,19 @@ def test_reads_of_a_sparse_view_stay_near_the_wanted_bytes() -> None:
     assert read(info, extract.BLOCK_BYTES) == array[:, 0].tobytes()
     assert sum(asked) <= 8 * 200 * 4
     assert max(asked) <= math.prod(info.shape) * 4
+
+
+def test_a_gather_from_a_large_deflated_record_is_refused(tmp_path: Path) -> None:
+    wide = numpy.asfortranarray(numpy.arange(400.0, dtype="<f4").reshape(20, 20))
+    numpy.savez_compressed(tmp_path / "deflated.npz", w=wide)
+    numpy.savez(tmp_path / "stored.npz", w=wide)
+    numpy.savez_compressed(tmp_path / "rows.npz", w=numpy.ascontiguousarray(wide))
+    wanted = facts_at(tmp_path / "rows.npz")
+    assert facts_at(tmp_path / "deflated.npz") == wanted
+    with mock.patch.object(extract, "_MAX_INFLATED_GATHER", 1000):
+        dst = tmp_path / "a.safetensors"
+        outcome = cli("convert", tmp_path / "deflated.npz", dst, "--json")
+        assert (outcome.code, outcome.codes) == (2, ["FC109"])
+        assert not dst.exists()
+        assert facts_at(tmp_path / "stored.npz") == wanted
+        assert facts_at(tmp_path / "rows.npz") == wanted

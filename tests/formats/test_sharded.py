@@ -227,3 +227,29 @@ def test_the_hub_cache_layout_of_links(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     outcome = cli("inspect", snapshot, "--json")
     assert (outcome.code, outcome.codes) == (2, ["FC503"])
+
+
+def test_tied_groups_in_several_shards_are_no_conflict(tmp_path: Path) -> None:
+    first, second = torch.rand(100), torch.rand(100)
+    torch.save({"a1": first, "a2": first, "b1": second, "b2": second}, tmp_path / "src.pt")
+    dst = tmp_path / "dst"
+    cli_ok("convert", tmp_path / "src.pt", dst, "--max-shard-size", 400)
+    assert len([name for name in names_in(dst) if name.endswith(".safetensors")]) == 2
+    assert cli_ok("inspect", dst, "--json").codes == []
+    assert cli_ok("verify", tmp_path / "src.pt", dst, "--json").codes == []
+    assert facts_at(dst) == facts_at(tmp_path / "src.pt")
+
+
+def test_the_wrapper_of_every_shard_is_named(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"state_dict": {"b": torch.ones(2)}}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    (one,) = cli_ok("inspect", tmp_path, "--json").document["inputs"]
+    assert one["wrapper"] == "model, state_dict"
+
+
+def test_a_distributed_checkpoint_is_named_as_what_it_is(tmp_path: Path) -> None:
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+        (tmp_path / name).write_bytes(b"\x80\x02}.")
+    outcome = cli("inspect", tmp_path, "--json")
+    assert (outcome.code, outcome.codes) == (2, ["FC112"])
+    assert "dcp_to_torch" in outcome.document["findings"][0]["hint"]

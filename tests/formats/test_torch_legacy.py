@@ -78,3 +78,12 @@ def test_bytes_after_the_last_storage(tmp_path: Path) -> None:
     src = save({"w": torch.ones(2)}, tmp_path / "src.pt")
     src.write_bytes(src.read_bytes() + b"\0")
     assert cli("inspect", src, "--json").codes == ["FC110"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol(protocol: int, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    path = tmp_path / "src.pt"
+    torch.save(tensors, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    assert facts_at(path) == torch_facts(tensors)
+    assert cli_ok("inspect", path, "--json").codes == ["FC114"]  # it has no checksums

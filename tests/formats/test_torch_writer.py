@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
+from fixtures import handmade as hm
 from tests.formats.test_torch_zip import DTYPES, all_dtypes, save
-from tests.support import cli_ok, facts_at, load_torch, quiet_torch, random_tensor, torch_facts
+from tests.support import (
+    cli,
+    cli_ok,
+    facts_at,
+    load_torch,
+    names_in,
+    quiet_torch,
+    random_tensor,
+    torch_facts,
+)
 
 
 def convert(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
@@ -88,3 +100,26 @@ def test_loads_into_a_module(tmp_path: Path) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     other.load_state_dict(load_torch(dst), strict=True)
     assert torch_facts(other.state_dict()) == torch_facts(model.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 1)])
+def test_halves_of_bytes_must_pair_up(shape: tuple[int, int], tmp_path: Path) -> None:
+    size = shape[0] * shape[1] // 2
+    header = {"w": hm.entry(0, size, shape, "F4")}
+    (tmp_path / "src.safetensors").write_bytes(hm.safetensors(header, bytes(range(size))))
+    for options in ([], ["--no-verify"], ["--dry-run"]):
+        outcome = cli(
+            "convert", tmp_path / "src.safetensors", tmp_path / "dst.pt", "--json", *options
+        )
+        assert (outcome.code, outcome.codes) == (2, ["FC305"])
+    assert names_in(tmp_path) == ["src.safetensors"]
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    tensors = {"w": torch.arange(3.0)}
+    src = save(tensors, tmp_path / "src.pt")
+    dst = tmp_path / os.fsdecode(b"caf\xe9.pt")
+    cli_ok("convert", src, dst)
+    assert facts_at(dst) == torch_facts(tensors)
+    plain = dst.rename(tmp_path / "plain.pt")
+    assert torch_facts(load_torch(plain)) == torch_facts(tensors)

@@ -85,3 +85,25 @@ print("torch" in sys.modules)
 """
     done = python(script, SRC)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(3, 4)
+        self.register_buffer("kept", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.kept
+
+
+def test_tensors_in_frozen_code_are_missed_aloud(tmp_path: Path) -> None:
+    with quiet_torch():
+        scripted = torch.jit.script(Net().eval())
+        torch.jit.save(scripted, tmp_path / "plain.pt")
+        torch.jit.save(torch.jit.freeze(scripted, preserved_attrs=["kept"]), tmp_path / "frozen.pt")
+    assert cli_ok("inspect", tmp_path / "plain.pt", "--json").codes == []
+    (finding,) = cli_ok("inspect", tmp_path / "frozen.pt", "--json").document["findings"]
+    assert (finding["code"], finding["severity"]) == ("FC113", "warning")
+    assert "constants" in finding["detail"]
+    assert "torch.jit.freeze" in finding["hint"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fixtures import handmade as hm
 from tests.support import Outcome, cli, facts_at, torch_facts
 
 
@@ -130,3 +131,21 @@ def test_a_lone_tensor(tmp_path: Path) -> None:
     assert [one.data for one in facts_at(tmp_path / "src.pt").values()] == [
         tensor.numpy().tobytes()
     ]
+
+
+@pytest.mark.parametrize("second", [hm.mapping([("w", hm.tensor())]), hm.number(5)])
+@pytest.mark.parametrize("options", [[], ["--wrapper-key", "state_dict"]])
+def test_two_entries_of_one_name_above_the_weights(
+    second: bytes, options: list[str], tmp_path: Path
+) -> None:
+    first = hm.mapping([("w", hm.tensor())])
+    found = []
+    for pairs in ((first, second), (second, first)):
+        body = hm.mapping([("state_dict", pair) for pair in pairs])
+        (tmp_path / "src.pt").write_bytes(hm.torch_zip(body))
+        outcome = cli("inspect", tmp_path / "src.pt", "--json", *options)
+        assert outcome.code == 2
+        found += outcome.codes
+    # Two candidates are ambiguous before anything else, and so is a number where weights belong.
+    assert set(found) <= {"FC104", "FC201", "FC207"}
+    assert "FC104" in found or not options

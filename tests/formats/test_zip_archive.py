@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from torch.utils.serialization import config
 
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.layout import FileLayout, OutTensor
@@ -199,3 +200,47 @@ def test_large_deflated_tensors_are_read_in_bounded_steps(tmp_path: Path) -> Non
     outcome = cli("convert", tmp_path / "small.pt", tmp_path / "a.safetensors", "--json")
     assert outcome.code == 0
     assert facts_at(tmp_path / "a.safetensors") == torch_facts(tensors)
+
+
+def test_records_without_a_checksum_are_said(tmp_path: Path) -> None:
+    tensors = {"w": torch.rand(1000)}
+    before = config.save.compute_crc32
+    config.save.compute_crc32 = False
+    try:
+        torch.save(tensors, tmp_path / "without.pt")
+    finally:
+        config.save.compute_crc32 = before
+    torch.save(tensors, tmp_path / "with.pt")
+    for name, codes in (("without.pt", ["FC114"]), ("with.pt", [])):
+        outcome = cli_ok("convert", tmp_path / name, tmp_path / f"{name}.safetensors", "--json")
+        assert outcome.codes == codes
+        assert cli_ok("inspect", tmp_path / name, "--json").codes == codes
+        assert facts_at(tmp_path / f"{name}.safetensors") == torch_facts(tensors)
+
+
+def packed_again(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    """A torch file whose records somebody deflated."""
+    torch.save(tensors, tmp_path / "stored.pt")
+    path = tmp_path / "deflated.pt"
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    return path
+
+
+def test_zeros_among_weights_are_no_bomb(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {"zeros": torch.zeros(3 << 20), "weights": torch.rand(20_000)}
+    path = packed_again(tensors, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        assert any(one.file_size > 900 * one.compress_size for one in archive.infolist())
+    assert facts_at(path) == torch_facts(tensors)
+
+
+def test_nothing_but_zeros_is_one(tmp_path: Path) -> None:
+    path = packed_again({"zeros": torch.zeros(4 << 20)}, tmp_path)
+    outcome = cli("inspect", path, "--json")
+    assert (outcome.code, outcome.codes) == (2, ["FC109"])
