@@ -3,9 +3,9 @@
     python benchmarks/rivals.py load|mmap|checked SRC DST
 
 `load` and `mmap` are what people write by hand. `checked` does what the safetensors project's own
-conversion script does with one file, in the same order: load, drop names that share their memory, make
-everything contiguous, save, load what was written, compare with `torch.equal`. All sync what they
-wrote, as everything does that `run.py` times.
+conversion script does with one file, in the same order: load, drop names that share their memory,
+make everything contiguous, save, load what was written, compare with `torch.equal`. All sync what
+they wrote, as everything does that `run.py` times.
 """
 
 from __future__ import annotations
