@@ -32,6 +32,7 @@ from flamingo_ckpt.stream import (
     Derived,
     OnBytes,
     cast_findings,
+    check_premises,
     check_storages,
     check_unchanged,
     derive,
@@ -110,6 +111,7 @@ def run_convert(
     recover(write.dst)  # what a killed run left may be the room that this one needs
     check_space(parent, sum(size for _, size in planned_files(plan, write)), write.dst)
     check_storages(unchecked_storages(plan.steps), lambda _: None)
+    check_premises(plan)
     run = _run_folder if write.is_folder else _run_file
     derived = run(plan, write, options, on_bytes, read_back)
     files = planned_files(plan, write)
@@ -134,7 +136,8 @@ def _run_file(
         with _syncing([staging]):
             if read_back is not None:
                 read_back(staging)
-        check_unchanged(plan.source)
+        for manifest in plan.manifests:
+            check_unchanged(manifest)
     return derived
 
 
@@ -158,11 +161,14 @@ def _run_folder(
             if read_back is not None:
                 read_back(staging)
         _copy_files(plan.source.folder or "", staging, write.copied)
+        for name, content in write.generated.items():
+            write_synced(os.path.join(staging, name), content)
         if write.index is not None:
             write_synced(os.path.join(staging, write.index[0]), write.index[1])
             # Headers only: the index must fit the shards that were just written.
             open_checkpoint(staging, npy_bfloat16=True)
-        check_unchanged(plan.source)
+        for manifest in plan.manifests:
+            check_unchanged(manifest)
     return derived
 
 
@@ -266,10 +272,10 @@ def summary_of(plan: Plan, files: Sequence[tuple[str, int]], verified: int) -> d
         "num_tensors": plan.num_names,
         "num_bytes": plan.num_bytes,
         "renamed": plan.renamed,
-        "transformed": 0,
+        "transformed": plan.transformed,
         "cast": sum(step.is_cast for step in plan.steps),
         "dropped": len(plan.dropped),
-        "expected_absent": 0,
+        "expected_absent": len(plan.expected_absent),
         "verified": verified,
         "files": [{"path": name, "num_bytes": size} for name, size in files],
     }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
 from flamingo_ckpt.tensors import Manifest, distinct, escape, has_control
 
@@ -19,11 +20,13 @@ class Inspection:
         manifest: as opened.
         prefix: wrapper prefixes on its names, or None.
         summary: counts, as in the JSON report.
+        layout: which layout its keys are in; None where they show none, or more than one.
         findings: those of the reader, and of the names.
     """
 
     manifest: Manifest
     prefix: str | None
+    layout: Detection | None
     summary: Mapping[str, Any]
     findings: tuple[Finding, ...]
 
@@ -49,9 +52,20 @@ def inspect(manifest: Manifest) -> Inspection:
     return Inspection(
         manifest=manifest,
         prefix=describe_prefixes({strip_wrappers(t.name)[1] for t in manifest.tensors}),
+        layout=find_layout(manifest),
         summary=summary,
         findings=(*manifest.findings, *_name_findings(manifest), *_view_findings(manifest)),
     )
+
+
+def find_layout(manifest: Manifest) -> Detection | None:
+    """The layout by evidence, or None: a file that is none of ours is no fault."""
+    try:
+        return detect(
+            [strip_wrappers(tensor.name)[0] for tensor in manifest.tensors], manifest.uri
+        )
+    except CkptError:
+        return None
 
 
 def _name_findings(manifest: Manifest) -> list[Finding]:

@@ -6,10 +6,13 @@ A plan is made from headers alone. Running it is the business of `convert` and `
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.layouts.detect import Detection
+from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.prefixes import (
     describe_prefixes,
     refuse_flat_parameter,
@@ -49,26 +52,41 @@ class Step:
     """One tensor of the destination and where it comes from.
 
     Attributes:
-        source: the stored tensor.
+        source: the stored tensor; the first of them where there are several.
         name: in the destination.
         dtype: in the destination; another than the source's means a cast.
         aliases: further destination names of the same tensor.
+        parts: where the tensor is not the stored one as it is: the runs of elements that make it
+            up, one after the other. A run without a storage is zeros.
+        arranged: its shape, where it is made of parts.
     """
 
     source: TensorInfo
     name: str
     dtype: DType
     aliases: tuple[str, ...] = ()
+    parts: tuple[TensorInfo, ...] = ()
+    arranged: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> tuple[TensorInfo, ...]:
+        """What the destination's elements are, in order."""
+        return self.parts or (self.source,)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """In the destination."""
-        return self.source.shape
+        return self.arranged if self.parts else self.source.shape
+
+    @property
+    def num_elements(self) -> int:
+        """In the destination."""
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
         """In the destination."""
-        return self.source.num_elements * self.dtype.bits // 8
+        return self.num_elements * self.dtype.bits // 8
 
     @property
     def is_cast(self) -> bool:
@@ -77,8 +95,8 @@ class Step:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the stored bytes are the destination's bytes."""
-        return not self.is_cast and self.source.is_plain
+        """Whether the stored bytes are the destination's bytes, in one run."""
+        return not self.is_cast and len(self.runs) == 1 and self.runs[0].is_plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +118,15 @@ class Plan:
         renamed: how many names change.
         prefix: the wrapper prefixes that are removed, or None.
         findings: what the user should know.
+        layout: of the source, where a layout was asked for.
+        target: layout of the destination, where one was asked for.
+        transformed: how many tensors are split, joined, transposed, padded or cut.
+        expected_absent: keys of the model that a base supplies and neither side holds.
+        equal: pairs of stored tensors that must be equal: two names of one tensor.
+        zeros: runs that must be zero, since they are cut off as padding.
+        metadata: what the destination should remember for the way back.
+        partial: whether the destination lacks what only a base has.
+        others: further checkpoints that steps read from, by what they are the base of.
     """
 
     source: Manifest
@@ -108,6 +135,20 @@ class Plan:
     renamed: int
     prefix: str | None
     findings: tuple[Finding, ...]
+    layout: Detection | None = None
+    target: Layout | None = None
+    transformed: int = 0
+    expected_absent: tuple[str, ...] = ()
+    equal: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    zeros: tuple[TensorInfo, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    partial: bool = False
+    others: Mapping[str, Manifest] = field(default_factory=dict)
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Every checkpoint that bytes come from."""
+        return (self.source, *self.others.values())
 
     @property
     def num_names(self) -> int:
@@ -127,12 +168,60 @@ def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
         CkptError: FC201 nothing is left, FC202 two tensors for one name, FC208 flat parameters,
             FC305 a cast that is not defined, FC307 a view that expands, FC505 control characters.
     """
+    chosen = choose_tensors(manifest, options)
+    where = manifest.uri
+    groups: dict[tuple[object, ...], list[str]] = {}
+    sources: dict[tuple[object, ...], TensorInfo] = {}
+    for name, tensor in chosen.names.items():
+        group = (name,) if options.untie else tensor.identity
+        groups.setdefault(group, []).append(name)
+        sources.setdefault(group, tensor)
+    steps = tuple(
+        Step(
+            source=sources[identity],
+            name=first,
+            dtype=target_dtype(sources[identity], options.dtype, where),
+            aliases=tuple(rest),
+        )
+        for identity, (first, *rest) in groups.items()
+    )
+    return Plan(
+        source=manifest,
+        steps=steps,
+        dropped=chosen.dropped,
+        renamed=sum(name != tensor.name for name, tensor in chosen.names.items()),
+        prefix=chosen.prefix,
+        findings=(*_overlap_findings(steps), *chosen.findings),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The names of a source that are taken, before any layout.
+
+    Attributes:
+        names: name without wrapper prefixes -> stored tensor, in source order.
+        dropped: what is left out, with reasons.
+        prefix: the wrapper prefixes that are removed, or None.
+    """
+
+    names: Mapping[str, TensorInfo]
+    dropped: tuple[Dropped, ...]
+    prefix: str | None
+    findings: tuple[Finding, ...]
+
+
+def choose_tensors(manifest: Manifest, options: PlanOptions) -> Chosen:
+    """Select by globs, remove wrapper prefixes, and refuse two tensors for one name.
+
+    Raises:
+        CkptError: FC201 nothing is left, FC202 two tensors for one name, FC208 flat parameters,
+            FC307 a view that expands, FC505 control characters.
+    """
     kept, dropped = _select(manifest, options)
     where = manifest.uri
     names: dict[str, TensorInfo] = {}
-    groups: dict[tuple[object, ...], list[str]] = {}
-    sources: dict[tuple[object, ...], TensorInfo] = {}
-    renamed, removed = 0, set[tuple[str, ...]]()
+    removed = set[tuple[str, ...]]()
     for tensor in kept:
         _check_name(tensor.name, where)
         name, parts = _target_name(tensor.name, options.keep_prefix)
@@ -145,32 +234,16 @@ def make_plan(manifest: Manifest, options: PlanOptions) -> Plan:
             dropped.append(Dropped(name=tensor.name, reason=reason))
             continue
         names[name] = tensor
-        renamed += name != tensor.name
-        group = (name,) if options.untie else tensor.identity
-        groups.setdefault(group, []).append(name)
-        sources.setdefault(group, tensor)
-    _check_views(distinct(sources.values()), options.max_expansion, where)
-    steps = tuple(
-        Step(
-            source=sources[identity],
-            name=first,
-            dtype=_target_dtype(sources[identity], options.dtype, where),
-            aliases=tuple(rest),
-        )
-        for identity, (first, *rest) in groups.items()
-    )
+    _check_views(distinct(names.values()), options.max_expansion, where)
     dropped += [
         Dropped(name=item.path, reason=f"beside the weights: {item.kind}")
         for item in manifest.beside
     ]
-    return Plan(
-        source=manifest,
-        steps=steps,
+    return Chosen(
+        names=names,
         dropped=tuple(dropped),
-        renamed=renamed,
         prefix=describe_prefixes(removed),
         findings=(
-            *_overlap_findings(steps),
             *_prefix_findings(kept, options.keep_prefix),
             *_idle_globs(manifest, options),
         ),
@@ -242,7 +315,8 @@ def _exclude_glob(first: TensorInfo, second: TensorInfo) -> str:
     return glob if not fnmatch.fnmatchcase(shorter, glob) else longer
 
 
-def _target_dtype(tensor: TensorInfo, wanted: str, where: str) -> DType:
+def target_dtype(tensor: TensorInfo, wanted: str, where: str) -> DType:
+    """The dtype in the destination by `--dtype`; raises FC305 where no cast is defined."""
     if wanted == "keep":
         return tensor.dtype
     target = DTYPES[CAST_TARGETS[wanted]]

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.formats.checksum import crc32, new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc, read_blocks, read_whole_crc
-from flamingo_ckpt.plan import Step
+from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.tensors import Manifest, Storage, TensorInfo, escape
 
 #: Called with the number of bytes just done; from several threads.
@@ -105,13 +105,15 @@ def derive(
     Raises:
         FormatError: FC105 where the source's checksum does not fit, FC102 where it is short.
     """
-    storage = step.source.storage
-    on_the_way = _covers(step.source) and storage is not None and storage.crc32 is not None
-    source_crc = _head_crc(step.source) if on_the_way else 0
+    whole = step.runs[0] if len(step.runs) == 1 and _covers(step.runs[0]) else None
+    storage = whole.storage if whole is not None else None
+    stored_crc = storage.crc32 if storage is not None else None
+    on_the_way = whole is not None and stored_crc is not None
+    source_crc = _head_crc(whole) if whole is not None and on_the_way else 0
     # For a plain copy of a whole storage one checksum serves both sides.
-    shared = step.is_copy and on_the_way and step.source.offset_bytes == 0
+    shared = step.is_copy and whole is not None and on_the_way and whole.offset_bytes == 0
     crc, digest = 0, new_digest()
-    for block in read_blocks(step.source, buffer):
+    for block in _blocks(step, buffer):
         if on_the_way:
             source_crc = crc32(block, source_crc)
         if step.dtype.name == "BOOL":
@@ -128,10 +130,23 @@ def derive(
         if want_digest:
             digest.update(out)
         yield out
-    if on_the_way and storage is not None and storage.crc32 is not None:
-        check_crc(storage.crc32, source_crc, storage.where)
+    if storage is not None and stored_crc is not None:
+        check_crc(stored_crc, source_crc, storage.where)
     derived.crc32 = source_crc if shared else crc
     derived.xxh3_128 = digest.hexdigest()
+
+
+def _blocks(step: Step, buffer: bytearray) -> Iterator[memoryview]:
+    """The elements of a step before any cast, run after run."""
+    for run in step.runs:
+        if run.storage is not None:
+            yield from read_blocks(run, buffer)
+            continue
+        left = run.num_bytes
+        zeros = memoryview(bytes(min(left, BLOCK_BYTES)))
+        while left:
+            yield zeros[: min(left, BLOCK_BYTES)]
+            left -= min(left, BLOCK_BYTES)
 
 
 _ONE_TO_ZERO = bytes([0, 0, *range(2, 256)])
@@ -158,12 +173,13 @@ def unchecked_storages(steps: Iterable[Step]) -> list[Storage]:
     wanted: dict[int, Storage] = {}
     covered: set[int] = set()
     for step in steps:
-        storage = step.source.storage
-        if storage is None or storage.crc32 is None:
-            continue
-        wanted[id(storage)] = storage
-        if _covers(step.source):
-            covered.add(id(storage))
+        for run in step.runs:
+            storage = run.storage
+            if storage is None or storage.crc32 is None:
+                continue
+            wanted[id(storage)] = storage
+            if len(step.runs) == 1 and _covers(run):
+                covered.add(id(storage))
     return [storage for key, storage in wanted.items() if key not in covered]
 
 
@@ -176,6 +192,55 @@ def check_storages(storages: Sequence[Storage], on_bytes: OnBytes) -> None:
         on_bytes(storage.num_bytes)
 
     run_tasks(storages, work)
+
+
+def check_premises(plan: Plan) -> None:
+    """Check what a plan took for granted about bytes: equal twins, and padding that is zero.
+
+    Raises:
+        CkptError: FC202 two names of one tensor hold different bits, FC419 padding is not zero.
+    """
+
+    def compare(
+        pair: tuple[TensorInfo, TensorInfo], buffer: bytearray, _stop: threading.Event
+    ) -> None:
+        first, second = pair
+        if first.dtype is not second.dtype or first.shape != second.shape:
+            raise _twins_differ(plan, first, second)
+        if _digest_of(first, buffer) != _digest_of(second, buffer):
+            raise _twins_differ(plan, first, second)
+
+    def expect_zeros(run: TensorInfo, buffer: bytearray, _stop: threading.Event) -> None:
+        if any(block.tobytes().strip(b"\0") for block in read_blocks(run, buffer)):
+            raise CkptError(
+                f"the rows of `{escape(run.name)}` that would be cut off are not zero: they are "
+                "no padding",
+                code="FC419",
+                where=plan.source.uri,
+                key=run.name,
+                hint="to cut them all the same, say how many rows are left: --vocab-rows",
+            )
+
+    run_tasks(plan.equal, compare)
+    run_tasks(plan.zeros, expect_zeros)
+
+
+def _digest_of(tensor: TensorInfo, buffer: bytearray) -> str:
+    digest = new_digest()
+    for block in read_blocks(tensor, buffer):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _twins_differ(plan: Plan, first: TensorInfo, second: TensorInfo) -> CkptError:
+    return CkptError(
+        f"`{escape(first.name)}` ({first.describe()}) and `{escape(second.name)}` "
+        f"({second.describe()}) are two names of one tensor, and differ",
+        code="FC202",
+        where=plan.source.uri,
+        key=second.name,
+        hint=f"choose one with --exclude '{escape(second.name)}'",
+    )
 
 
 def check_unchanged(manifest: Manifest) -> None:

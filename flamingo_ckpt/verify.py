@@ -14,11 +14,13 @@ from typing import Any
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
+from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.stream import (
     Derived,
     OnBytes,
     cast_findings,
+    check_premises,
     check_storages,
     check_unchanged,
     derive,
@@ -54,6 +56,7 @@ class VerifyResult:
         bit_exact: names equal to the source's own bits.
         cast: names equal to the cast of the source's values.
         different, missing, unexpected: names.
+        unverified: names that only a base can prove, where none was given.
         findings: one per name that is not equal, and one per inexact cast.
     """
 
@@ -63,11 +66,21 @@ class VerifyResult:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     findings: tuple[Finding, ...]
+    unverified: tuple[str, ...] = ()
 
     @property
     def is_faithful(self) -> bool:
         """Whether every name is there, nothing else is, and all bits are as derived."""
-        return not (self.different or self.missing or self.unexpected)
+        return not (self.different or self.missing or self.unexpected or self.unverified)
+
+
+def judge(result: VerifyResult) -> tuple[str, int]:
+    """(verdict, exit code): a difference outweighs what could not be compared."""
+    if result.is_faithful:
+        return "pass", 0
+    if result.different or result.missing or result.unexpected:
+        return "fail", 1
+    return "incomplete", 3
 
 
 def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> VerifyResult:
@@ -84,9 +97,12 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
     there = dst.by_name()
     names = {name for step in plan.steps for name in (step.name, *step.aliases)}
     missing = [name for name in names if name not in there]
-    unexpected = [name for name in there if name not in names]
+    extra = [name for name in there if name not in names]
+    unverified = {name: kind for name in extra if (kind := _base_of(plan, name))}
+    unexpected = [name for name in extra if name not in unverified]
     findings = [*_missing(plan, missing, there), *_unexpected(plan, unexpected, there)]
     check_storages(unchecked_storages(plan.steps), lambda _: None)
+    check_premises(plan)
     check_storages(unchecked_storages(_as_steps(dst)), lambda _: None)
     pairs = [
         (step, tensor)
@@ -106,7 +122,8 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
         return step, tensor, derived, finding
 
     results = run_tasks(pairs, work)
-    check_unchanged(plan.source)
+    for manifest in plan.manifests:
+        check_unchanged(manifest)
     check_unchanged(dst)
     good: dict[str, bool] = {}
     for step, tensor, derived, finding in results:
@@ -132,8 +149,40 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
         different=tuple(name for name in order if not good[name]),
         missing=tuple(sorted(missing)),
         unexpected=tuple(unexpected),
-        findings=tuple(findings),
+        findings=(*findings, *_unverified(unverified)),
+        unverified=tuple(unverified),
     )
+
+
+#: group -> the base that supplies it where a checkpoint lacks it by design.
+_BASE_OF_GROUP = {"vision": "vision", "lm.layers": "language", "lm.rest": "language"}
+
+
+def _base_of(plan: Plan, name: str) -> str:
+    """Which base could supply a key of the destination, where that base was not given."""
+    if plan.layout is None or plan.target is None or plan.target.space != "flamingo":
+        return ""
+    for family in plan.layout.families or plan.target.families:
+        match = plan.target.table(family).match(name)
+        if match is None or not match.rule.canonical:
+            continue
+        index = match.arrangement.index if match.arrangement else ()
+        kind = _BASE_OF_GROUP.get(group_of(match.canonical(dict.fromkeys(index, 0))), "")
+        return kind if kind not in plan.others else ""
+    return ""
+
+
+def _unverified(names: Mapping[str, str]) -> list[Finding]:
+    return [
+        Finding(
+            code="FC215",
+            severity="warning",
+            key=name,
+            detail=f"`{escape(name)}` came from a base, and there is none to compare it with",
+            hint=f"--base-{kind} names it",
+        )
+        for name, kind in names.items()
+    ]
 
 
 def _as_steps(manifest: Manifest) -> list[Step]:
@@ -249,7 +298,7 @@ def _bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
         code="FC301",
         severity="error",
         key=tensor.name,
-        detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.source.num_elements} "
+        detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.num_elements} "
         f"elements differ, first at [{place}]: {ours} expected, {theirs} found",
         data={
             "num_elements_different": found.num_different,

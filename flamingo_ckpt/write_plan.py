@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import CkptError, Finding, name_some
@@ -31,6 +32,8 @@ _FOLDER_NAMES = {
 }
 #: The hub's own limit before files are split, and what makes upload hashing parallel.
 DEFAULT_SHARD_BYTES = 5_000_000_000
+#: Every metadata key of our own begins so.
+OWN_KEYS = "flamingo_ckpt."
 DIGEST_KEY = "flamingo_ckpt.source_digest"
 VERSION_KEY = "flamingo_ckpt.version"
 _MAX_CONFIG_BYTES = 16 << 20
@@ -62,6 +65,7 @@ class WritePlan:
         index: name and content of the index, where there are shards.
         files: what goes along from the source folder.
         copied: the relative names of those that are copied.
+        generated: name -> content of files that the conversion itself makes.
     """
 
     dst: str
@@ -71,6 +75,7 @@ class WritePlan:
     index: tuple[str, bytes] | None
     files: FolderFiles
     copied: tuple[str, ...]
+    generated: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +83,19 @@ class WritePlan:
         return sum(layout.num_bytes for layout in self.layouts)
 
 
-def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
+def plan_write(
+    plan: Plan,
+    dst: str,
+    options: ConvertOptions,
+    generated: Mapping[str, bytes] = MappingProxyType({}),
+) -> WritePlan:
     """Decide every file and offset of the destination.
+
+    Args:
+        plan: what becomes of every tensor.
+        dst: the destination.
+        options: how to write.
+        generated: name -> content of files that a folder gets besides its weights (its config).
 
     Raises:
         CkptError: FC006 contradicting options, FC305 a dtype the format lacks.
@@ -93,7 +109,8 @@ def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
             hint="give a destination without a file suffix",
         )
     check_replaceable(dst, overwrite=options.overwrite, folder=is_folder)
-    _refuse_same(plan.source, dst, is_folder)
+    for manifest in plan.manifests:
+        _refuse_same(manifest, dst, is_folder)
     limit = options.max_shard_bytes or (DEFAULT_SHARD_BYTES if format != "npz" else None)
     shards = split_shards(plan.steps, limit if is_folder else None)
     names = _file_names(dst, format, is_folder, len(shards))
@@ -105,7 +122,8 @@ def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
     files = FolderFiles(carried=(), code=(), left=())
     if is_folder and plan.source.folder is not None:
         files = sort_files(plan.source.folder, _weight_files(plan.source), skip=dst)
-    copied = (*files.carried, *(files.code if options.copy_code else ()))
+    taken = (*files.carried, *(files.code if options.copy_code else ()))
+    copied = tuple(name for name in taken if name not in generated)
     return WritePlan(
         dst=dst,
         format=format,
@@ -114,6 +132,7 @@ def plan_write(plan: Plan, dst: str, options: ConvertOptions) -> WritePlan:
         index=_index(format, names, shards) if len(shards) > 1 else None,
         files=files,
         copied=copied,
+        generated=generated if is_folder else {},
     )
 
 
@@ -191,13 +210,17 @@ def _metadata(plan: Plan, options: ConvertOptions) -> dict[str, str]:
     from flamingo_ckpt.formats.safetensors import ALIASES_KEY
 
     names = {tensor.name for tensor in plan.source.tensors}
+    is_mapped = plan.layout is not None and plan.target is not plan.layout.layout
     metadata = {
         key: value
         for key, value in plan.source.metadata.items()
         # `alias: name` entries of safetensors' `save_model` are written again in our own way
         if key not in (ALIASES_KEY, DIGEST_KEY, VERSION_KEY)
         and not (key in names and value in names)
+        # what was remembered of a conversion says nothing about the next one
+        and not (is_mapped and key.startswith(OWN_KEYS))
     }
+    metadata |= plan.metadata
     metadata.setdefault("format", "pt")
     if options.record_source:
         metadata[DIGEST_KEY] = DIGEST_PLACEHOLDER
@@ -209,7 +232,7 @@ def _index(format: str, names: list[str], shards: list[list[Step]]) -> tuple[str
     steps = [step for shard in shards for step in shard]
     content = {
         "metadata": {
-            "total_parameters": sum(step.source.num_elements for step in steps),
+            "total_parameters": sum(step.num_elements for step in steps),
             "total_size": sum(step.num_bytes for step in steps),
         },
         "weight_map": {
@@ -274,6 +297,7 @@ def planned_files(plan: Plan, write: WritePlan) -> list[tuple[str, int]]:
     files = [(layout.file, layout.num_bytes) for layout in write.layouts]
     if write.index is not None:
         files.append((write.index[0], len(write.index[1])))
+    files += [(name, len(content)) for name, content in write.generated.items()]
     folder = plan.source.folder or ""
     return files + [(name, os.path.getsize(os.path.join(folder, name))) for name in write.copied]
 
@@ -328,8 +352,9 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
         )
         for name, reason in left
     ]
-    if write.format != "safetensors" and plan.source.metadata.keys() - {"format"}:
-        keys = sorted(plan.source.metadata.keys() - {"format"})
+    lost = (plan.source.metadata.keys() | plan.metadata.keys()) - {"format"}
+    if write.format != "safetensors" and lost:
+        keys = sorted(lost)
         found.append(
             Finding(
                 code="FC209",

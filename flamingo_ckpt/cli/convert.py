@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flamingo_ckpt.cli.options import ByteSize, mapping_options, open_and_plan, verb
+from flamingo_ckpt.cli.options import ByteSize, describe_inputs, mapping_options, open_and_plan, verb
 from flamingo_ckpt.cli.output import Output
-from flamingo_ckpt.report.document import Report, describe_input
+from flamingo_ckpt.report.document import Report
 
 if TYPE_CHECKING:
     from flamingo_ckpt.convert import ConvertOptions, WritePlan
@@ -22,6 +22,9 @@ Examples:
   flamingo-ckpt convert bin-release/ st-release/ --max-shard-size 2GB
   flamingo-ckpt convert model.safetensors back.pt
   flamingo-ckpt convert checkpoint.pt half/ --dtype bfloat16 --dry-run
+  flamingo-ckpt convert checkpoint.pt hf/ --to hf-flamingo
+  flamingo-ckpt convert checkpoint.pt hf/ --to hf-flamingo --config openflamingo-3b-vitl-mpt1b \\
+      --base-vision ViT-L-14.pt --base-language mpt-1b/
 """
 
 
@@ -68,8 +71,9 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     from flamingo_ckpt.convert import ConvertOptions, plan_write, summary_of
     from flamingo_ckpt.write_plan import choose_format, omissions, planned_files
 
-    choose_format(chosen["dst"], chosen["format"])
-    plan = open_and_plan(chosen)
+    _, is_folder = choose_format(chosen["dst"], chosen["format"])
+    prepared = open_and_plan(chosen, is_folder=is_folder)
+    plan = prepared.plan
     manifest = plan.source
     options = ConvertOptions(
         format=chosen["format"],
@@ -79,12 +83,14 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         npy_bfloat16=chosen["npy_bfloat16"],
         record_source=chosen["record_source"],
     )
-    write = plan_write(plan, chosen["dst"], options)
+    write = plan_write(plan, chosen["dst"], options, prepared.generated)
     extra: dict[str, Any] = {
         "dst": chosen["dst"],
         "format": write.format,
         "is_folder": write.is_folder,
         "prefix": plan.prefix if plan.renamed else None,
+        "layout": _layouts(plan),
+        "partial": plan.partial,
         "dtype": chosen["dtype"],
         "dry_run": chosen["dry_run"],
         "verified": chosen["wants_verify"] and not chosen["dry_run"],
@@ -102,7 +108,7 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         argv=argv,
         verdict="fail" if lossy else "pass",
         exit_code=1 if lossy else 0,
-        inputs=(describe_input(manifest, plan.prefix),),
+        inputs=describe_inputs(plan),
         summary=summary,
         findings=tuple(findings),
         duration_seconds=time.monotonic() - started,
@@ -158,11 +164,23 @@ def _run(
     return summary_of(plan, result.files, verified)
 
 
+def _layouts(plan: Plan) -> dict[str, Any] | None:
+    if plan.layout is None or plan.target is None:
+        return None
+    return {
+        "from": plan.layout.layout.name,
+        "to": plan.target.name,
+        "language_model": list(plan.layout.families),
+        "evidence": plan.layout.evidence,
+    }
+
+
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "source": step.source.name,
+            "transformed": bool(step.parts),
             "dtype": step.dtype.name,
             "shape": list(step.shape),
             "num_bytes": step.num_bytes,

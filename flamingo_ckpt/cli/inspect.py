@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flamingo_ckpt.cli.options import npy_bfloat16, verb, wrapper_key
 from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report, describe_input
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.layouts.detect import Detection
 
 EPILOG = """\b
 Examples:
   flamingo-ckpt inspect checkpoint.pt
   flamingo-ckpt inspect release/ --json --tensors
   flamingo-ckpt inspect checkpoint.pt --wrapper-key model_ema
+  flamingo-ckpt inspect model:openflamingo-3b-vitl-mpt1b
 """
 
 
@@ -39,8 +45,13 @@ def inspect(
     That is: format, wrapper, prefix, tensors, dtypes, sizes, tied names, and what lies beside the
     weights.
 
-    SRC is a file, a folder, or an index (*.index.json).
+    SRC is a file, a folder, an index (*.index.json), or a model (model:CONFIG or model:PRESET), of
+    which it says what a checkpoint should hold.
     """
+    if src.startswith("model:"):
+        if wrapper_key is not None or npy_bfloat16:
+            raise CkptError("--wrapper-key and --npy-bfloat16 are about files", code="FC006")
+        return _inspect_model(src, tensors=tensors or not out.json, argv=argv, started=started)
     from flamingo_ckpt import inspection
     from flamingo_ckpt.formats import open_checkpoint
 
@@ -57,6 +68,7 @@ def inspect(
         "metadata": dict(manifest.metadata),
         "pickle_globals": dict(manifest.pickle_globals),
         "details": dict(manifest.details),
+        "layout": _evidence(found.layout),
     }
     if tensors or not out.json:
         extra["tensors"] = rows
@@ -65,9 +77,53 @@ def inspect(
         argv=argv,
         verdict="pass",
         exit_code=0,
-        inputs=(describe_input(manifest, found.prefix),),
+        inputs=(describe_input(manifest, found.prefix, found.layout.layout.name if found.layout else None),),
         summary=found.summary,
         findings=found.findings,
         duration_seconds=time.monotonic() - started,
         extra=extra,
     )
+
+
+def _inspect_model(src: str, *, tensors: bool, argv: tuple[str, ...], started: float) -> Report:
+    """What should be in a checkpoint of a model: every tensor once, its other names beside."""
+    from flamingo_ckpt.inspection import tensor_rows
+    from flamingo_ckpt.models.config import read_config
+    from flamingo_ckpt.models.expectation import expect
+    from flamingo_ckpt.tensors import Manifest
+
+    expected = expect(read_config(src))
+    infos = tuple(tensor.info() for tensor in expected.canonical())
+    manifest = Manifest(uri=src, format="model", tensors=infos, files=())
+    extra = {
+        "tied": expected.tied_groups(),
+        "files": [],
+        "beside": [],
+        "metadata": {},
+        "pickle_globals": {},
+        "details": {"alias_trees": expected.alias_trees()},
+    }
+    if tensors:
+        extra["tensors"] = tensor_rows(manifest)
+    return Report(
+        command="inspect",
+        argv=argv,
+        verdict="pass",
+        exit_code=0,
+        inputs=(describe_input(manifest, None, expected.layout),),
+        summary=expected.summary(),
+        duration_seconds=time.monotonic() - started,
+        extra=extra,
+    )
+
+
+def _evidence(detection: Detection | None) -> dict[str, Any] | None:
+    if detection is None:
+        return None
+    return {
+        "name": detection.layout.name,
+        "title": detection.layout.title,
+        "language_model": list(detection.families),
+        "evidence": detection.evidence,
+        "unknown": list(detection.unknown),
+    }

@@ -13,10 +13,13 @@ import click
 
 from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
-from flamingo_ckpt.report.document import Report
+from flamingo_ckpt.report.document import Report, describe_input
 
 if TYPE_CHECKING:
+    from flamingo_ckpt.bases import Base
     from flamingo_ckpt.plan import Plan
+    from flamingo_ckpt.prepare import Prepared
+    from flamingo_ckpt.tensors import Manifest
 
 Verb = Callable[..., Report]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -130,6 +133,18 @@ npy_bfloat16 = click.option(
     help="2-byte elements without a type in numpy files are bfloat16.",
 )
 
+source_layout = click.option(
+    "--from", "source_layout", metavar="LAYOUT", help="SRC is in this layout. Default: by evidence."
+)
+bases = (
+    click.option(
+        "--base-vision", metavar="SRC", help="The CLIP release that supplies a frozen vision tower."
+    ),
+    click.option(
+        "--base-language", metavar="SRC", help="The release that supplies a frozen language model."
+    ),
+)
+
 
 def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """What decides the names and dtypes of the destination; the same for `convert` and `verify`."""
@@ -157,14 +172,50 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="RATIO",
             help="Write out views up to this many times their stored bytes. Default: 1.",
         ),
+        click.option("--to", metavar="LAYOUT", help="Rename and rearrange for this layout."),
+        source_layout,
+        click.option(
+            "--vocab-rows",
+            type=click.IntRange(1, 1 << 30),
+            metavar="N",
+            help="Pad or cut the vocabulary to N rows.",
+        ),
+        click.option(
+            "--config",
+            metavar="FILE",
+            help="The model's config.json, a folder with one, or a preset.",
+        ),
+        *bases,
     )
     return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
 
 
-def open_and_plan(chosen: Mapping[str, Any]) -> Plan:
-    """Open SRC and plan what becomes of its names, by the options of `mapping_options`."""
+def open_bases(chosen: Mapping[str, Any]) -> tuple[Base, ...]:
+    """Open what `--base-vision` and `--base-language` name."""
+    from flamingo_ckpt.bases import Base
     from flamingo_ckpt.formats import open_checkpoint
-    from flamingo_ckpt.plan import PlanOptions, make_plan
+
+    return tuple(
+        Base(kind=kind, manifest=open_checkpoint(chosen[f"base_{kind}"]))
+        for kind in ("vision", "language")
+        if chosen[f"base_{kind}"]
+    )
+
+
+def open_and_plan(
+    chosen: Mapping[str, Any], *, is_folder: bool = False, writes: bool = True, to: str | None = None
+) -> Prepared:
+    """Open SRC and plan what becomes of its names, by the options of `mapping_options`.
+
+    Args:
+        chosen: the options.
+        is_folder: whether the destination is a folder.
+        writes: whether it is to be written, or only compared.
+        to: layout of the destination, where no option names one.
+    """
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.plan import PlanOptions
+    from flamingo_ckpt.prepare import Request, prepare
 
     manifest = open_checkpoint(
         chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
@@ -177,4 +228,29 @@ def open_and_plan(chosen: Mapping[str, Any]) -> Plan:
         max_expansion=chosen["max_expansion"],
         untie=chosen.get("untie", False),
     )
-    return make_plan(manifest, options)
+    request = Request(
+        to=chosen["to"] or to,
+        source_layout=chosen["source_layout"],
+        vocab_rows=chosen["vocab_rows"],
+        config=chosen["config"],
+        bases=open_bases(chosen),
+        is_folder=is_folder,
+        checks_config=writes,
+    )
+    return prepare(manifest, options, request)
+
+
+def describe_inputs(plan: Plan) -> tuple[dict[str, Any], ...]:
+    """The `inputs[]` of a plan: its source, then its bases."""
+    first = describe_input(
+        plan.source, plan.prefix, plan.layout.layout.name if plan.layout else layout_name(plan.source)
+    )
+    return (first, *(describe_input(other, None, layout_name(other)) for other in plan.others.values()))
+
+
+def layout_name(manifest: Manifest) -> str | None:
+    """The layout of a manifest by evidence; None where there is none, or more than one."""
+    from flamingo_ckpt.inspection import find_layout
+
+    detection = find_layout(manifest)
+    return detection.layout.name if detection is not None else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from flamingo_ckpt.cli.options import mapping_options, open_and_plan, verb
+from flamingo_ckpt.cli.options import describe_inputs, mapping_options, open_and_plan, verb
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report, describe_input
 
@@ -27,27 +27,34 @@ Examples:
 def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:
     """Derive every tensor again from SRC and compare it with DST: dtype, shape and bits.
 
-    Give the options that the conversion had. Exit 0 when DST is faithful, 1 when it is not, 2 when
-    either side cannot be read.
+    Give the options that the conversion had; without --to, DST's own layout is taken. Exit 0 when
+    DST is faithful, 1 when it is not, 2 when either side cannot be read, 3 when DST holds tensors
+    that only a base can prove and none is given.
     """
     from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.inspection import find_layout
     from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
-    from flamingo_ckpt.verify import summary_of
+    from flamingo_ckpt.verify import judge, summary_of
     from flamingo_ckpt.verify import verify as compare
 
-    plan = open_and_plan(chosen)
-    manifest = plan.source
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
+    found = find_layout(written)
+    plan = open_and_plan(chosen, writes=False, to=found.layout.name if found else None).plan
     with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
         result = compare(plan, written, progress.phase("verifying"))
     prefix = describe_prefixes({strip_wrappers(t.name)[1] for t in written.tensors})
+    verdict, exit_code = judge(result)
     return Report(
         command="verify",
         argv=argv,
-        verdict="pass" if result.is_faithful else "fail",
-        exit_code=0 if result.is_faithful else 1,
-        inputs=(describe_input(manifest, plan.prefix), describe_input(written, prefix)),
+        verdict=verdict,
+        exit_code=exit_code,
+        inputs=(
+            *describe_inputs(plan),
+            describe_input(written, prefix, found.layout.name if found else None),
+        ),
         summary=summary_of(result),
-        findings=(*manifest.findings, *result.findings),
+        findings=(*plan.source.findings, *result.findings),
         duration_seconds=time.monotonic() - started,
+        extra={"unverified": list(result.unverified)},
     )

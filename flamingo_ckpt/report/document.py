@@ -40,12 +40,14 @@ class Report:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def describe_input(manifest: Manifest, prefix: str | None) -> dict[str, Any]:
-    """The `inputs[]` entry of a manifest. Layout detection does not exist yet: `layout` is null."""
+def describe_input(
+    manifest: Manifest, prefix: str | None, layout: str | None
+) -> dict[str, Any]:
+    """The `inputs[]` entry of a manifest; `layout` is None where its keys show none."""
     return {
         "uri": manifest.uri,
         "format": manifest.format,
-        "layout": None,
+        "layout": layout,
         "prefix": prefix,
         "wrapper": manifest.wrapper,
         "num_tensors": len(manifest.tensors),

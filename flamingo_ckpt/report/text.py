@@ -59,6 +59,8 @@ def _input_line(one: Mapping[str, Any]) -> str:
         one["format"],
         count(one["num_tensors"], "tensor"),
     ]
+    if one["layout"]:
+        parts.append(f"layout `{one['layout']}`")
     if one["wrapper"]:
         parts.append(f"under `{escape(one['wrapper'])}`")
     if one["prefix"]:
@@ -78,6 +80,13 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
         f"{summary['num_parameters']} parameters, {format_bytes(summary['num_bytes'])}; "
         f"by dtype: {dtypes or 'none'}"
     )
+    if "num_checkpoint_tensors" in summary:
+        lines.append(
+            f"release    {count(summary['num_checkpoint_tensors'], 'tensor')}, "
+            f"{summary['num_checkpoint_parameters']} parameters: what a checkpoint of it holds"
+        )
+    for path, number in extra["details"].get("alias_trees", {}).items():
+        lines.append(f"alias      {count(number, 'name')} under `{path}` in the whole state dict")
     for group in _some(extra["tied"], verbose):
         lines.append("tied       " + " = ".join(f"`{escape(name)}`" for name in group))
     if len(extra["files"]) > 1:

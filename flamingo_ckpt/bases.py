@@ -1,0 +1,115 @@
+"""Fill what a checkpoint lacks by design from the releases that it was trained on top of.
+
+A partial OpenFlamingo checkpoint holds neither its CLIP tower nor its language model. The
+checkpoint always wins: a base supplies only what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from flamingo_ckpt.errors import CkptError, name_some
+from flamingo_ckpt.layouts.detect import Detection, detect
+from flamingo_ckpt.layouts.layout import group_of
+from flamingo_ckpt.layouts.mapping import Piece, read_atoms
+from flamingo_ckpt.plan import PlanOptions, choose_tensors
+from flamingo_ckpt.tensors import Manifest, TensorInfo, escape
+
+#: option -> the layouts that it reads, and the groups that it may fill.
+_SPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vision": (
+        ("open_clip", "open_clip-custom", "hf-clip", "timm-clip", "openflamingo-full", "hf-flamingo"),
+        ("vision",),
+    ),
+    "language": (
+        ("language-model", "openflamingo-full", "hf-flamingo"),
+        ("lm.embed", "lm.layers", "lm.rest"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A release that supplies what a checkpoint lacks.
+
+    Attributes:
+        kind: `vision` or `language`, as in `--base-vision`.
+    """
+
+    kind: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supply:
+    """What a base can supply.
+
+    Attributes:
+        atoms: canonical name -> piece, of the groups that the base is for.
+        is_tied: whether the output embedding is the input embedding.
+    """
+
+    base: Base
+    detection: Detection
+    atoms: Mapping[str, Piece]
+    is_tied: bool
+
+
+def read_base(base: Base, family: str, dims: Mapping[str, int]) -> Supply:
+    """Take a base apart into canonical tensors.
+
+    Args:
+        base: what the user named.
+        family: of the checkpoint's language model; "" where nothing is known of it.
+        dims: sizes that no shape tells.
+
+    Raises:
+        CkptError: FC411 no layout fits, FC413 keys without a rule, FC420 another language model.
+    """
+    manifest = base.manifest
+    layouts, groups = _SPACES[base.kind]
+    chosen = choose_tensors(manifest, PlanOptions())
+    detection = detect(chosen.names, manifest.uri)
+    if detection.layout.name not in layouts:
+        raise CkptError(
+            f"--base-{base.kind} is `{detection.title}`, which does not hold what is wanted",
+            code="FC420",
+            where=manifest.uri,
+            hint="it reads " + ", ".join(layouts),
+        )
+    if base.kind == "language" and family and family not in detection.families:
+        raise CkptError(
+            f"the checkpoint's language model is {family}, the base's is {detection.family}",
+            code="FC420",
+            where=manifest.uri,
+            hint="name the release that the checkpoint was trained on",
+        )
+    if detection.unknown:
+        raise CkptError(
+            f"{len(detection.unknown)} keys fit no rule of `{detection.title}`: "
+            + name_some([escape(name) for name in detection.unknown]),
+            code="FC413",
+            where=manifest.uri,
+            key=detection.unknown[0],
+        )
+    named = [_named(tensor, name) for name, tensor in chosen.names.items()]
+    reading = read_atoms(named, detection.layout.table(detection.family), dims)
+    if reading.bent:
+        name, fault = next(iter(reading.bent.items()))
+        raise CkptError(
+            f"`{escape(name)}` does not fit `{detection.title}`: {fault}",
+            code="FC415",
+            where=manifest.uri,
+            key=name,
+        )
+    atoms = {name: piece for name, piece in reading.atoms.items() if group_of(name) in groups}
+    embed, head = atoms.get("lm.embed_tokens.weight"), atoms.get("lm.head.weight")
+    tied = embed is not None and (head is None or head.identity == embed.identity)
+    if tied:
+        atoms.pop("lm.head.weight", None)
+    return Supply(base=base, detection=detection, atoms=atoms, is_tied=tied)
+
+
+def _named(tensor: TensorInfo, name: str) -> TensorInfo:
+    return tensor if tensor.name == name else replace(tensor, name=name)

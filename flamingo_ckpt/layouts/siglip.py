@@ -1,0 +1,153 @@
+"""SigLIP as big_vision stores it and as open_clip builds it, with a timm image tower.
+
+big_vision keeps flax's kernels: input axis first, attention heads apart. Going there, the number
+of heads is needed, which no tensor of open_clip tells. Sources: big_vision's `vit.py` and
+`two_towers.py`, open_clip's `convert.py` (`load_big_vision_weights`).
+"""
+
+from __future__ import annotations
+
+from flamingo_ckpt.layouts.clip_towers import OPEN_CLIP_TEXT_BODY, OPEN_CLIP_TEXT_LINEAR
+from flamingo_ckpt.layouts.layout import Layout
+from flamingo_ckpt.layouts.rules import Rule, prefixed, rename
+
+_P = "{p:weight|bias}"
+_NORM = "{p:scale=weight|bias}"
+_QKV = "{m:query=q|key=k|value=v}"
+_FC = "{m:Dense_0=fc1|Dense_1=fc2}"
+_ATTENTION = "MultiHeadDotProductAttention_0/"
+
+
+def _attention(native: str, canonical: str, heads: str, stack: str = "") -> tuple[Rule, ...]:
+    """Kernels of flax's attention. `stack` names the axis of the layers where they are stacked."""
+    split = f"({heads} k)"
+    ours = native + _ATTENTION
+    kernels = {
+        (f"{ours}{_QKV}/kernel", "{m}.weight"): f"d {heads} k -> {split} d",
+        (f"{ours}{_QKV}/bias", "{m}.bias"): f"{heads} k -> {split}",
+        (f"{ours}out/kernel", "out.weight"): f"{heads} k d -> d {split}",
+        (f"{ours}out/bias", "out.bias"): "d -> d",
+    }
+    return tuple(
+        Rule(native=name, canonical=canonical + leaf, axes=stack + axes)
+        for (name, leaf), axes in kernels.items()
+    )
+
+
+def _mlp(native: str, canonical: str, stack: str = "") -> tuple[Rule, ...]:
+    ours = native + "MlpBlock_0/" + _FC
+    return (
+        Rule(
+            native=ours + "/kernel", canonical=canonical + "{m}.weight", axes=stack + "i o -> o i"
+        ),
+        Rule(native=ours + "/bias", canonical=canonical + "{m}.bias", axes=stack + "d -> d"),
+    )
+
+
+def _blocks(tower: str, canonical: str, heads: str, *, stacked: bool) -> tuple[Rule, ...]:
+    """A transformer: one array for all layers, or one for each."""
+    block = f"{tower}encoderblock/" if stacked else f"{tower}encoderblock_{{layer}}/"
+    layer, stack = canonical + "layers.{layer}.", "layer " if stacked else ""
+    return (
+        Rule(
+            native=f"{block}LayerNorm_{{n:0=1|1=2}}/{_NORM}",
+            canonical=layer + "norm{n}.{p}",
+            axes=stack + "d -> d",
+        ),
+        *_attention(block, layer + "attn.", heads, stack),
+        *_mlp(block, layer + "mlp.", stack),
+    )
+
+
+_OUTSIDE_BLOCKS = (
+    Rule(
+        native="img/embedding/kernel",
+        canonical="vision.patch_embedding.weight",
+        axes="p q c d -> d c p q",
+    ),
+    Rule(
+        native="img/pos_embedding",
+        canonical="vision.position_embedding.weight",
+        axes="1 n d -> n d",
+    ),
+    *rename(
+        {
+            "img/embedding/bias": "vision.patch_embedding.bias",
+            f"img/Transformer/encoder_norm/{_NORM}": "vision.post_norm.{p}",
+            "img/MAPHead_0/probe": "vision.head.probe",
+            f"img/MAPHead_0/LayerNorm_0/{_NORM}": "vision.head.norm.{p}",
+            "txt/Embed_0/embedding": "text.token_embedding.weight",
+            f"txt/Encoder_0/encoder_norm/{_NORM}": "text.final_norm.{p}",
+            "txt/head/bias": "text.projection.bias",
+        }
+    ),
+    *_attention("img/MAPHead_0/", "vision.head.attn.", "visionheads"),
+    *_mlp("img/MAPHead_0/", "vision.head.mlp."),
+    Rule(
+        native="txt/pos_embedding", canonical="text.position_embedding.weight", axes="1 n d -> n d"
+    ),
+    Rule(native="txt/head/kernel", canonical="text.projection.weight", axes="d e -> e d"),
+    Rule(native="{m:t=logit_scale|b=logit_bias}", canonical="{m}", axes="1 -> "),
+)
+
+_TOWERS = (("img/Transformer/", "vision.", "visionheads"), ("txt/Encoder_0/", "text.", "textheads"))
+_STACKED = tuple(rule for tower in _TOWERS for rule in _blocks(*tower, stacked=True))
+_UNSTACKED = tuple(rule for tower in _TOWERS for rule in _blocks(*tower, stacked=False))
+
+#: Below `visual.trunk.` in open_clip.
+_TRUNK = prefixed(
+    (
+        Rule(native="pos_embed", canonical="position_embedding.weight", axes="1 n d -> n d"),
+        *rename(
+            {
+                f"patch_embed.proj.{_P}": "patch_embedding.{p}",
+                f"norm.{_P}": "post_norm.{p}",
+                f"blocks.{{layer}}.norm{{n:1|2}}.{_P}": "layers.{layer}.norm{n}.{p}",
+                f"blocks.{{layer}}.attn.proj.{_P}": "layers.{layer}.attn.out.{p}",
+                f"blocks.{{layer}}.mlp.{{m:fc1|fc2}}.{_P}": "layers.{layer}.mlp.{m}.{p}",
+                "attn_pool.latent": "head.probe",
+                f"attn_pool.{{m:q|proj=out}}.{_P}": "head.attn.{m}.{p}",
+                f"attn_pool.norm.{_P}": "head.norm.{p}",
+                f"attn_pool.mlp.{{m:fc1|fc2}}.{_P}": "head.mlp.{m}.{p}",
+            }
+        ),
+        *(
+            Rule(native=f"{native}.{leaf}", canonical=f"{canonical}.{leaf}", axes=axes)
+            for native, canonical in {
+                "blocks.{layer}.attn.qkv": "layers.{layer}.attn.{part:q|k|v}",
+                "attn_pool.kv": "head.attn.{part:k|v}",
+            }.items()
+            for leaf, axes in {"weight": "(part r) c -> r c", "bias": "(part r) -> r"}.items()
+        ),
+    ),
+    canonical="vision.",
+)
+
+LAYOUTS = (
+    Layout(
+        name="big_vision-siglip",
+        title="big_vision's SigLIP npz; written with `params/` and the layers stacked",
+        space="siglip",
+        rules=(
+            *prefixed((*_OUTSIDE_BLOCKS, *_STACKED), "params/"),
+            *prefixed(_UNSTACKED, "params/", mode="read"),
+            *prefixed((*_OUTSIDE_BLOCKS, *_STACKED, *_UNSTACKED), mode="read"),
+        ),
+        sentinels=tuple(
+            root + name
+            for root in ("", "params/")
+            for name in ("img/MAPHead_0/", "txt/Embed_0/", "txt/Encoder_0/")
+        ),
+    ),
+    Layout(
+        name="open_clip-siglip",
+        title="open_clip's SigLIP: a timm image tower and a text tower of its own",
+        space="siglip",
+        rules=(
+            *prefixed(_TRUNK, "visual.trunk."),
+            *prefixed((*OPEN_CLIP_TEXT_BODY, *OPEN_CLIP_TEXT_LINEAR), "text."),
+            *rename({"{m:logit_scale|logit_bias}": "{m}"}),
+        ),
+        sentinels=("visual.trunk.attn_pool.",),
+    ),
+)

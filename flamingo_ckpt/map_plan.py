@@ -1,0 +1,449 @@
+"""A plan that carries a checkpoint to another layout, from headers alone.
+
+Every key of every source is mapped, dropped with a reason, or refused before a byte moves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from flamingo_ckpt.bases import Base, Supply, read_base
+from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.layouts.detect import Detection, detect
+from flamingo_ckpt.layouts.layout import Layout, group_of
+from flamingo_ckpt.layouts.mapping import (
+    Assembled,
+    Piece,
+    Reading,
+    assemble,
+    joined,
+    read_atoms,
+)
+from flamingo_ckpt.layouts.registry import layout_named
+from flamingo_ckpt.layouts.rules import Table
+from flamingo_ckpt.plan import (
+    Chosen,
+    Dropped,
+    Plan,
+    PlanOptions,
+    Step,
+    choose_tensors,
+    make_plan,
+    target_dtype,
+)
+from flamingo_ckpt.tensors import Manifest, TensorInfo, escape, format_shape
+from flamingo_ckpt.vocabulary import EMBED, HEAD, Rows, fit_rows
+
+#: Metadata of a converted file: which canonical tensors came from a base, by the base's kind.
+BASE_KEY = "flamingo_ckpt.base"
+#: Metadata: the file lacks what only a base has.
+PARTIAL_KEY = "flamingo_ckpt.partial"
+_MAX_BASE_KEYS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """One key of the model that the destination should hold."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapOptions:
+    """Where to, and what is known beyond the files.
+
+    Attributes:
+        to: name of the target layout.
+        source_layout: what `--from` says; None: by evidence.
+        rows: of the vocabulary.
+        dims: sizes that no shape tells, by axis name (numbers of heads).
+        expected: the keys of the model in the target layout, where its config is known.
+        where_expected: the config, for messages.
+    """
+
+    to: str
+    source_layout: str | None = None
+    rows: Rows = field(default_factory=Rows)
+    dims: Mapping[str, int] = field(default_factory=dict)
+    expected: tuple[Expected, ...] = ()
+    where_expected: str = ""
+
+
+def make_map_plan(
+    manifest: Manifest, options: PlanOptions, mapping: MapOptions, bases: Sequence[Base] = ()
+) -> Plan:
+    """Account for every key of the source and of the bases.
+
+    Raises:
+        CkptError: what `choose_tensors` raises, and FC202, FC203 to FC205 against the model, FC410
+            to FC420.
+    """
+    target = layout_named(mapping.to)
+    chosen = choose_tensors(manifest, options)
+    among = (layout_named(mapping.source_layout).name,) if mapping.source_layout else ()
+    detection = detect(chosen.names, manifest.uri, among=among)
+    check_interchangeable(detection.layout, target, manifest.uri)
+    if detection.layout is target and not bases and mapping.rows.wanted is None:
+        return _kept(manifest, options, detection)
+    reading = _read(manifest, chosen, detection, mapping.dims)
+    supplies = [read_base(base, detection.family, mapping.dims) for base in bases]
+    atoms, supplied = _filled(reading, supplies)
+    remembered = _remembered(manifest)
+    atoms, withheld = _withhold(atoms, target, detection, remembered)
+    family = _family(detection, supplies)
+    table = target.table(family if target.rules_of else "")
+    assembly = assemble(atoms, table, mapping.dims)
+    placed_out = _unplaced(assembly.unplaced, atoms, target, manifest.uri)
+    _refuse_faults(assembly.faults, target, manifest.uri)
+    resized = fit_rows(assembly.tensors, mapping.rows, frozenset(supplied), manifest.uri)
+    steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
+    absent = _check_expected(steps, mapping, manifest.uri) if mapping.expected else ()
+    partial = _is_partial(target, atoms)
+    return Plan(
+        source=manifest,
+        steps=steps,
+        dropped=(
+            *chosen.dropped,
+            *(Dropped(name=name, reason=reason) for name, reason in reading.dropped.items()),
+            *_dropped_keys(reading, {**withheld, **placed_out}),
+        ),
+        renamed=sum(step.name != step.source.name for step in steps),
+        prefix=chosen.prefix,
+        findings=(
+            *chosen.findings,
+            *resized.findings,
+            *_withheld_findings(withheld, reading, target),
+            *_base_findings(supplies, supplied),
+        ),
+        layout=detection,
+        target=target,
+        transformed=sum(bool(step.parts) for step in steps),
+        expected_absent=absent,
+        equal=reading.equal,
+        zeros=resized.zeros,
+        metadata={**resized.metadata, **_base_metadata(supplied, partial)},
+        partial=partial,
+        others={supply.base.kind: supply.base.manifest for supply in supplies},
+    )
+
+
+def check_interchangeable(source: Layout, target: Layout, where: str) -> None:
+    """Raise FC416 where no conversion between two layouts exists, with the reason."""
+    reason, hint = "", "`flamingo-ckpt layouts` lists what can be converted to what"
+    for layout in (source, target):
+        if layout.refused:
+            reason = f"`{layout.name}` is not interchangeable with any other layout: {layout.refused}"
+    if not reason and source.space != target.space:
+        reason = (
+            f"`{source.name}` names the tensors of a {source.space} model, "
+            f"`{target.name}` those of a {target.space} model"
+        )
+    if not reason and target.read_only and source is not target:
+        reason = f"`{target.name}` is read and never written: {target.read_only}"
+    if reason:
+        raise CkptError(reason, code="FC416", where=where, hint=hint)
+
+
+def _kept(manifest: Manifest, options: PlanOptions, detection: Detection) -> Plan:
+    """A file that is in the target layout already stays as it is."""
+    plan = make_plan(manifest, options)
+    note = Finding(
+        code="FC422",
+        severity="info",
+        detail=f"the keys are `{detection.title}` already ({detection.evidence}) and stay as they are",
+    )
+    return replace(
+        plan,
+        layout=detection,
+        target=detection.layout,
+        findings=(*plan.findings, note, *_unknown_kept(detection)),
+        metadata={PARTIAL_KEY: "true"} if manifest.metadata.get(PARTIAL_KEY) else {},
+    )
+
+
+def _unknown_kept(detection: Detection) -> list[Finding]:
+    return [
+        Finding(
+            code="FC413",
+            severity="warning",
+            key=name,
+            detail=f"`{escape(name)}` fits no rule of `{detection.title}`; it is kept",
+        )
+        for name in detection.unknown
+    ]
+
+
+def _read(
+    manifest: Manifest, chosen: Chosen, detection: Detection, dims: Mapping[str, int]
+) -> Reading:
+    if detection.unknown:
+        raise unknown_keys(detection, manifest.uri)
+    tensors = [
+        tensor if tensor.name == name else replace(tensor, name=name)
+        for name, tensor in chosen.names.items()
+    ]
+    reading = read_atoms(tensors, detection.layout.table(detection.family), dims)
+    if reading.bent:
+        name, fault = next(iter(reading.bent.items()))
+        raise CkptError(
+            f"`{escape(name)}` ({chosen.names[name].describe()}) does not fit "
+            f"`{detection.title}`: {fault}",
+            code="FC415",
+            where=manifest.uri,
+            key=name,
+            hint="--from names another layout; --config tells sizes that no shape does",
+        )
+    return reading
+
+
+def unknown_keys(detection: Detection, where: str) -> CkptError:
+    """The refusal of keys that no rule knows; says so where another layout knows them."""
+    if detection.elsewhere is not None:
+        other, names = detection.elsewhere
+        return CkptError(
+            f"{detection.num_fit} of {detection.num_keys} keys are `{detection.title}`, and "
+            f"{len(names)} are `{other}`: " + name_some([escape(name) for name in names]),
+            code="FC417",
+            where=where,
+            key=names[0],
+            hint="the file holds two namings; take one apart with --include or --exclude",
+        )
+    names = detection.unknown
+    return CkptError(
+        f"{len(names)} of {detection.num_keys} keys fit no rule of `{detection.title}`: "
+        + name_some([escape(name) for name in names]),
+        code="FC413",
+        where=where,
+        key=names[0],
+        hint=f"`flamingo-ckpt layouts {detection.layout.name}` prints its rules; leave keys out "
+        "with --exclude",
+    )
+
+
+def _filled(
+    reading: Reading, supplies: Sequence[Supply]
+) -> tuple[dict[str, Piece], dict[str, str]]:
+    """All canonical tensors, and which of them a base supplies (name -> kind)."""
+    atoms = dict(reading.atoms)
+    supplied: dict[str, str] = {}
+    for supply in supplies:
+        for name, piece in supply.atoms.items():
+            if name not in atoms:
+                atoms[name] = piece
+                supplied[name] = supply.base.kind
+    return atoms, supplied
+
+
+def _remembered(manifest: Manifest) -> frozenset[str]:
+    """Canonical names that a base supplied when the source was made."""
+    text = manifest.metadata.get(BASE_KEY, "")
+    if not text or len(text) > _MAX_BASE_KEYS:
+        return frozenset()
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return frozenset()
+    if not isinstance(content, dict):
+        return frozenset()
+    return frozenset(
+        name for names in content.values() if isinstance(names, list) for name in names
+        if isinstance(name, str)
+    )
+
+
+def _withhold(
+    atoms: Mapping[str, Piece], target: Layout, detection: Detection, remembered: frozenset[str]
+) -> tuple[dict[str, Piece], dict[str, str]]:
+    """Leave out what a file in the target layout does not hold (name -> reason)."""
+    if not target.withheld:
+        return dict(atoms), {}
+    embed = atoms.get(EMBED)
+    table = target.table(detection.family)
+    kept: dict[str, Piece] = {}
+    withheld: dict[str, str] = {}
+    for name, piece in atoms.items():
+        reason = target.withheld.get(group_of(name), "")
+        place = table.place(name)
+        # Upstream's filter keeps whatever has "embed" in its key, GPT-NeoX's head among it, and a
+        # second name of the embedding.
+        is_kept = (place is not None and "embed" in place.name.split(".", 1)[1]) or (
+            embed is not None and piece.identity == embed.identity
+        )
+        if reason and (not is_kept or name in remembered):
+            withheld[name] = reason
+        else:
+            kept[name] = piece
+    return kept, withheld
+
+
+def _family(detection: Detection, supplies: Sequence[Supply]) -> str:
+    """The language model's family: a base's layers tell more than a partial checkpoint's keys."""
+    for supply in supplies:
+        if supply.base.kind == "language":
+            return supply.detection.family
+    return detection.family
+
+
+def _unplaced(
+    names: Sequence[str], atoms: Mapping[str, Piece], target: Layout, where: str
+) -> dict[str, str]:
+    """Reasons for what the target has no place for; an error where there is none."""
+    bad = [name for name in names if not atoms[name].loss]
+    if bad:
+        sources = [escape(_source_name(atoms[name])) for name in bad]
+        raise CkptError(
+            f"`{target.name}` has no place for " + name_some(list(dict.fromkeys(sources))),
+            code="FC414",
+            where=where,
+            key=_source_name(atoms[bad[0]]),
+            hint="if it is not needed there, leave it out with --exclude",
+        )
+    return {name: atoms[name].loss for name in names}
+
+
+def _source_name(piece: Piece) -> str:
+    return piece.source.name if piece.source is not None else ""
+
+
+def _refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None:
+    for name, fault in faults.items():
+        raise CkptError(
+            f"`{escape(name)}` of `{target.name}` cannot be made: {fault}",
+            code="FC415",
+            where=where,
+            key=name,
+            hint="--config tells sizes that no shape does, such as the number of heads",
+        )
+
+
+def _steps(
+    tensors: Iterable[Assembled], aliases: Table | None, options: PlanOptions, where: str
+) -> tuple[Step, ...]:
+    """One step per distinct tensor; `aliases` is the table of a layout that writes every name."""
+    steps: dict[tuple[object, ...], Step] = {}
+    for one in tensors:
+        runs = joined(one.pieces, one.name)
+        first = next(piece.source for piece in one.pieces if piece.source is not None)
+        identity: tuple[object, ...] = (
+            tuple(piece.identity for piece in one.pieces), one.shape
+        )
+        further = tuple(aliases.aliases(one.canonical[0])) if aliases is not None else ()
+        same = steps.get(identity)
+        if same is not None and not options.untie:
+            steps[identity] = replace(same, aliases=(*same.aliases, one.name, *further))
+            continue
+        is_whole = len(runs) == 1 and _is_same(runs[0], first) and one.shape == first.shape
+        step = Step(
+            source=first,
+            name=one.name,
+            dtype=target_dtype(first, options.dtype, where),
+            aliases=further,
+            parts=() if is_whole else runs,
+            arranged=() if is_whole else one.shape,
+        )
+        if step.parts and first.dtype.bits < 8:
+            raise CkptError(
+                f"`{escape(first.name)}` is {first.dtype}, whose elements share bytes; it cannot "
+                "be taken apart",
+                code="FC305",
+                where=where,
+                key=first.name,
+            )
+        steps[identity if not options.untie else (one.name,)] = step
+    return tuple(steps.values())
+
+
+def _is_same(run: TensorInfo, stored: TensorInfo) -> bool:
+    """Whether a run is a stored tensor as it lies there."""
+    return (
+        run.storage is stored.storage
+        and run.offset_bytes == stored.offset_bytes
+        and run.num_elements == stored.num_elements
+        and (run.strides is None) == (stored.strides is None)
+        and (run.strides is None or run.shape == stored.shape)
+    )
+
+
+def _check_expected(steps: Sequence[Step], mapping: MapOptions, where: str) -> tuple[str, ...]:
+    """Compare with the model's own keys; returns those that are absent by design."""
+    there = {name: step for step in steps for name in (step.name, *step.aliases)}
+    wanted = {one.name: one.shape for one in mapping.expected}
+    for name, step in there.items():
+        shape = wanted.get(name)
+        if shape is not None and shape != step.shape:
+            raise CkptError(
+                f"`{escape(name)}` is {format_shape(step.shape)}, and the model's is "
+                f"{format_shape(shape)}",
+                code="FC205",
+                where=where,
+                key=name,
+                hint=f"the config is {mapping.where_expected}; `flamingo-ckpt diff` lists every key",
+            )
+    extra = [name for name in there if name not in wanted]
+    if extra:
+        raise CkptError(
+            f"the model has no {name_some([escape(name) for name in extra])}",
+            code="FC204",
+            where=where,
+            key=extra[0],
+            hint=f"the config is {mapping.where_expected}; `flamingo-ckpt diff` lists every key",
+        )
+    return tuple(name for name in wanted if name not in there)
+
+
+def _is_partial(target: Layout, atoms: Mapping[str, Piece]) -> bool:
+    """Whether a Flamingo lacks a tower, where the target layout is a whole model's."""
+    groups = {group_of(name) for name in atoms}
+    return target.name == "hf-flamingo" and not {"vision", "lm.layers", "perceiver"} <= groups
+
+
+def _dropped_keys(reading: Reading, reasons: Mapping[str, str]) -> list[Dropped]:
+    """Keys all of whose canonical tensors are left out."""
+    return [
+        Dropped(name=key, reason=reasons[names[0]])
+        for key, names in reading.names.items()
+        if names and all(name in reasons for name in names)
+    ]
+
+
+def _withheld_findings(
+    withheld: Mapping[str, str], reading: Reading, target: Layout
+) -> list[Finding]:
+    """A head that may have been trained is not left out without a word."""
+    return [
+        Finding(
+            code="FC209",
+            severity="warning",
+            key=key,
+            detail=f"`{escape(key)}` has no place in `{target.name}`: if it was trained, the model "
+            "that is put together from it will differ",
+        )
+        for key, names in reading.names.items()
+        if any(name in HEAD and name in withheld for name in names)
+    ]
+
+
+def _base_findings(supplies: Sequence[Supply], supplied: Mapping[str, str]) -> list[Finding]:
+    return [
+        Finding(
+            code="FC421",
+            severity="info",
+            detail=f"{sum(kind == supply.base.kind for kind in supplied.values())} canonical "
+            f"tensors come from --base-{supply.base.kind} ({escape(supply.base.manifest.uri)}, "
+            f"{supply.detection.title})",
+        )
+        for supply in supplies
+    ]
+
+
+def _base_metadata(supplied: Mapping[str, str], partial: bool) -> dict[str, str]:
+    metadata = {PARTIAL_KEY: "true"} if partial else {}
+    heads = [name for name in supplied if name in HEAD]
+    if supplied:
+        # The towers are always a base's; of the rest, only what a checkpoint could also hold.
+        groups = {kind: heads if kind == "language" else [] for kind in supplied.values()}
+        metadata[BASE_KEY] = json.dumps(groups, sort_keys=True)
+    return metadata

@@ -1,0 +1,132 @@
+"""A CLIP's config in open_clip's form and in Hugging Face's: one from the other.
+
+Where open_clip's form asks for something that transformers' classes lack, it is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flamingo_ckpt.errors import CkptError
+
+#: Options of a tower that change nothing for the weights, or nothing at all.
+_HARMLESS = frozenset(
+    "layers width heads head_width mlp_ratio image_size patch_size context_length vocab_size "
+    "patch_dropout pos_embed_type final_ln_after_pool output_tokens hf_tokenizer_name "
+    "tokenizer_mode tokenizer_kwargs pad_id eos_id act_kwargs norm_kwargs attn_pooler_queries "
+    "attn_pooler_heads timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
+    "timm_model_pretrained hf_model_pretrained hf_proj_type hf_pooler_type".split()
+)
+#: Options that have one value only which transformers' classes have too.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "pool_type": ("tok", "argmax", "eos"),
+    "proj_type": ("linear",),
+    "block_type": ("default",),
+}
+
+
+def open_clip_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """`vision_cfg` of open_clip for transformers' `vision_config`."""
+    return {
+        **_tower(vision),
+        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+    }
+
+
+def open_clip_config(data: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's form of a completed config of transformers' CLIPModel."""
+    text = data["text_config"]
+    return {
+        "embed_dim": data["projection_dim"],
+        "quick_gelu": data["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu",
+        "vision_cfg": open_clip_vision(data["vision_config"]),
+        "text_cfg": {
+            **_tower(text),
+            "heads": text["num_attention_heads"],
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+        },
+    }
+
+
+def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
+    width = config["hidden_size"]
+    return {
+        "width": width,
+        "layers": config["num_hidden_layers"],
+        # open_clip cuts width * ratio to a whole number; half a unit more keeps it from falling
+        # one short of the width that is meant.
+        "mlp_ratio": (config["intermediate_size"] + 0.5) / width,
+    }
+
+
+def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of transformers' CLIPModel for a config in open_clip's form.
+
+    Raises:
+        CkptError: FC405, naming the option that transformers' CLIP does not have.
+    """
+    vision, text = data["vision_cfg"], data["text_cfg"]
+    for path, tower in (("vision_cfg", vision), ("text_cfg", text)):
+        _refuse(path, tower, where)
+    if isinstance(vision.get("layers"), list):
+        raise _no_counterpart("vision_cfg.layers", vision["layers"], where)
+    if data.get("init_logit_bias") is not None:
+        raise _no_counterpart("init_logit_bias", data["init_logit_bias"], where)
+    width, text_width = vision.get("width", 768), text.get("width", 512)
+    activation = "quick_gelu" if data.get("quick_gelu") else "gelu"
+    return {
+        "model_type": "clip",
+        "projection_dim": data["embed_dim"],
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": vision.get("layers", 12),
+            "num_attention_heads": width // vision.get("head_width", 64),
+            "image_size": _side(vision, "image_size", 224, where),
+            "patch_size": _side(vision, "patch_size", 16, where),
+            "num_channels": 3,
+            "hidden_act": activation,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "hidden_size": text_width,
+            "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": text.get("layers", 12),
+            "num_attention_heads": text.get("heads", 8),
+            "vocab_size": text.get("vocab_size", 49408),
+            "max_position_embeddings": text.get("context_length", 77),
+            "hidden_act": activation,
+        },
+    }
+
+
+def _refuse(path: str, tower: Mapping[str, Any], where: str) -> None:
+    for name, value in tower.items():
+        if name in _PLAIN:
+            if value not in (None, *_PLAIN[name]):
+                raise _no_counterpart(f"{path}.{name}", value, where)
+        elif name not in _HARMLESS and value not in (None, False):
+            raise _no_counterpart(f"{path}.{name}", value, where)
+
+
+def _side(vision: Mapping[str, Any], name: str, default: int, where: str) -> int:
+    value = vision.get(name, default)
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise _no_counterpart(f"vision_cfg.{name}", value, where)
+        value = value[0]
+    return int(value)
+
+
+def _no_counterpart(name: str, value: object, where: str) -> CkptError:
+    return CkptError(
+        f"`{name}` is {value!r}, which transformers' CLIP does not have",
+        code="FC405",
+        where=where,
+        hint="this model exists in the layout `open_clip` only",
+    )

@@ -1,0 +1,289 @@
+"""Turn what a user asked of `convert` and `verify` into a plan: where layouts meet models.
+
+A model's config tells what no shape does (numbers of heads), which keys the destination must have,
+and what goes into the `config.json` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from flamingo_ckpt.bases import Base
+from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.layouts.layout import Layout
+from flamingo_ckpt.layouts.mapping import assemble, read_atoms
+from flamingo_ckpt.layouts.registry import layout_named
+from flamingo_ckpt.map_plan import Expected, MapOptions, make_map_plan
+from flamingo_ckpt.plan import Plan, PlanOptions, make_plan
+from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
+from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.models.config import ModelConfig
+
+#: What a folder's `config.json` says of a conversion that could not be complete.
+PARTIAL_FIELD = "flamingo_ckpt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The options of `convert` and `verify` that concern layouts.
+
+    Attributes:
+        to: `--to`; None keeps the layout.
+        source_layout: `--from`.
+        vocab_rows: `--vocab-rows`.
+        config: `--config`: a file, a folder with one, or a preset.
+        bases: `--base-vision`, `--base-language`.
+        is_folder: whether the destination is a folder, which gets a `config.json`.
+        checks_config: whether a folder without a config is refused (`verify` does not write one).
+    """
+
+    to: str | None = None
+    source_layout: str | None = None
+    vocab_rows: int | None = None
+    config: str | None = None
+    bases: tuple[Base, ...] = ()
+    is_folder: bool = False
+    checks_config: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A plan, and the files that a folder gets beside the weights.
+
+    Attributes:
+        generated: name -> content.
+    """
+
+    plan: Plan
+    generated: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepared:
+    """Plan a conversion.
+
+    Raises:
+        CkptError: what `make_plan` and `make_map_plan` raise; FC006 options that need `--to`; FC421
+            a whole model's folder without a config.
+    """
+    if request.to is None:
+        _refuse_idle(request)
+        return Prepared(plan=make_plan(manifest, options))
+    target = layout_named(request.to)
+    config = _config(manifest, request)
+    rows = _rows(manifest, request, target, config)
+    mapping = MapOptions(
+        to=target.name,
+        source_layout=request.source_layout,
+        rows=rows,
+        dims=_dims(config),
+        expected=_expected(config, target, rows) if request.config else (),
+        where_expected=config.where if config else "",
+    )
+    plan = make_map_plan(manifest, options, mapping, request.bases)
+    if not (request.is_folder and target.hf_config):
+        return Prepared(plan=plan)
+    return _with_config(plan, manifest, request, config)
+
+
+def _refuse_idle(request: Request) -> None:
+    given = {
+        "--from": request.source_layout,
+        "--vocab-rows": request.vocab_rows,
+        "--config": request.config,
+    } | {f"--base-{base.kind}": base for base in request.bases}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        raise CkptError(
+            f"{', '.join(idle)} without --to: the layout is kept, so there is nothing to do for it",
+            code="FC006",
+            hint="`flamingo-ckpt layouts` lists what --to can name",
+        )
+
+
+def _config(manifest: Manifest, request: Request) -> ModelConfig | None:
+    """The model's config: what was named, else the one in the source's own folder."""
+    from flamingo_ckpt.models.config import read_config
+
+    if request.config:
+        return read_config(request.config)
+    if manifest.folder is None:
+        return None
+    try:
+        return read_config(manifest.folder)
+    except CkptError:
+        return None  # a partial model's config, or another kind's; nothing was asked of it
+
+
+def _rows(
+    manifest: Manifest, request: Request, target: Layout, config: ModelConfig | None
+) -> Rows:
+    if request.vocab_rows is not None:
+        return Rows(wanted=request.vocab_rows)
+    recorded = manifest.metadata.get(ROWS_KEY, "")
+    if recorded.isascii() and recorded.isdigit() and len(recorded) < 10:
+        return Rows(wanted=int(recorded), must_be_zero=True, why="as many as it had before")
+    if target.space != "paligemma" or config is None or config.kind != "paligemma":
+        return Rows()
+    # Google's files end with the last real token; Hugging Face's are padded.
+    if target.name.endswith("-npz"):
+        wanted = config.data.get("image_token_index")
+    else:
+        wanted = config.data["text_config"].get("vocab_size")
+    if not isinstance(wanted, int):
+        return Rows()
+    return Rows(wanted=wanted, must_be_zero=True, why=f"as {config.where} says")
+
+
+def _dims(config: ModelConfig | None) -> dict[str, int]:
+    """Numbers of heads, by the axis names of the layouts' tables."""
+    if config is None:
+        return {}
+    vision = config.data if config.kind == "clip_vision" else config.data.get("vision_config", {})
+    text = config.data.get("text_config", {})
+    found = {
+        "visionheads": vision.get("num_attention_heads"),
+        "lmheads": text.get("num_attention_heads"),
+        "kvheads": text.get("num_key_value_heads"),
+        "textheads": text.get("num_attention_heads"),
+    }
+    return {name: size for name, size in found.items() if isinstance(size, int)}
+
+
+def _expected(
+    config: ModelConfig | None, target: Layout, rows: Rows
+) -> tuple[Expected, ...]:
+    """The model's keys in the target layout, without second names and recomputed buffers."""
+    if config is None:
+        return ()
+    found = expected_tensors(config, target)
+    return tuple(
+        Expected(name=tensor.name, shape=tensor.shape)
+        if canonical not in (EMBED, *HEAD) or rows.wanted is None
+        else Expected(name=tensor.name, shape=(rows.wanted, *tensor.shape[1:]))
+        for canonical, tensor in found
+    )
+
+
+def expected_tensors(
+    config: ModelConfig, target: Layout
+) -> list[tuple[str, TensorInfo]]:
+    """(first canonical name, key with its shape) of everything that a model has in a layout.
+
+    Raises:
+        CkptError: FC416 where the config is of another kind of model.
+    """
+    from flamingo_ckpt.models.expectation import expect
+
+    expectation = expect(config)
+    source = layout_named(expectation.layout)
+    if source.space != target.space:
+        raise CkptError(
+            f"the config is of a {config.kind} model, and `{target.name}` names the tensors of a "
+            f"{target.space} model",
+            code="FC416",
+            where=config.where,
+            hint="--config wants the config of the model that is converted",
+        )
+    tensors = [
+        TensorInfo(name=one.name, dtype=DTYPES[str(one.dtype)], shape=one.shape)
+        for one in expectation.tensors
+        if one.alias_of is None and one.kind == "parameter"
+    ]
+    from flamingo_ckpt.layouts.detect import detect
+
+    detection = detect([one.name for one in tensors], config.where, among=(source.name,))
+    dims = _dims(config)
+    reading = read_atoms(tensors, source.table(detection.family), dims)
+    assembly = assemble(
+        reading.atoms, target.table(detection.family if target.rules_of else ""), dims
+    )
+    return [
+        (one.canonical[0], TensorInfo(name=one.name, dtype=one.dtype, shape=one.shape))
+        for one in assembly.tensors
+    ]
+
+
+def _with_config(
+    plan: Plan, manifest: Manifest, request: Request, config: ModelConfig | None
+) -> Prepared:
+    from flamingo_ckpt.models.infer import infer_config
+
+    if _is_kept(plan):
+        return Prepared(plan=plan)
+    shapes = _canonical_shapes(plan)
+    if config is not None and config.kind != "language":
+        content = _completed(_hf_form(config), shapes)
+        if plan.partial:
+            content[PARTIAL_FIELD] = {"partial": True}
+        return Prepared(plan=plan, generated={"config.json": _json(content)})
+    if not plan.partial and request.checks_config:
+        raise CkptError(
+            "the result is a whole model, and what no shape tells (heads, activation, epsilon) is "
+            "not known",
+            code="FC421",
+            where=manifest.uri,
+            hint="--config names its config.json or a preset, such as "
+            "--config openflamingo-3b-vitl-mpt1b; a destination that ends in .safetensors needs none",
+        )
+    inferred = infer_config(shapes)
+    content = {
+        **inferred.config,
+        PARTIAL_FIELD: {
+            "partial": True,
+            "unknown": list(inferred.unknown),
+            "assumed": dict(inferred.assumed),
+        },
+    }
+    note = Finding(
+        code="FC421",
+        severity="info",
+        detail="the folder is marked partial: its config holds what the shapes prove; unknown are "
+        + name_some(list(inferred.unknown)),
+        hint="--base-vision, --base-language and --config make it self-contained",
+    )
+    return Prepared(
+        plan=replace(plan, findings=(*plan.findings, note)),
+        generated={"config.json": _json(content)},
+    )
+
+
+def _hf_form(config: ModelConfig) -> dict[str, Any]:
+    """The config as transformers reads it."""
+    from flamingo_ckpt.models.clip_config import hf_clip_config
+
+    if config.layout == "open_clip":
+        return hf_clip_config(config.data, config.where)
+    return dict(config.data)
+
+
+def _is_kept(plan: Plan) -> bool:
+    return plan.layout is not None and plan.layout.layout is plan.target and not plan.others
+
+
+def _canonical_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of what the destination will hold."""
+    assert plan.target is not None
+    tensors = [
+        TensorInfo(name=step.name, dtype=step.dtype, shape=step.shape) for step in plan.steps
+    ]
+    family = plan.layout.family if plan.layout and plan.target.rules_of else ""
+    reading = read_atoms(tensors, plan.target.table(family), {})
+    return {name: piece.shape for name, piece in reading.atoms.items()}
+
+
+def _completed(data: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The config with the vocabulary rows that the destination really has."""
+    embed = shapes.get(EMBED)
+    text = data.get("text_config")
+    if embed is None or not isinstance(text, dict):
+        return data
+    return {**data, "text_config": {**text, "vocab_size": embed[0]}}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")

@@ -1,0 +1,454 @@
+"""CLIP's maps: open_clip, OpenAI, transformers, timm and MobileCLIP."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flamingo_ckpt.layouts import clip as clip_layouts
+from flamingo_ckpt.layouts import siglip as siglip_layouts
+from flamingo_ckpt.layouts import timm_clip
+from flamingo_ckpt.layouts.mapping import assemble
+from flamingo_ckpt.layouts.rules import split_numbers
+from tests import zoo
+from tests.layouts.carry import State, assert_same_bits, carry, read
+
+OPEN_CLIP, CUSTOM, HF, HF_TEXT = clip_layouts.LAYOUTS
+TIMM, MOBILE = timm_clip.LAYOUTS
+HERE = {"open_clip": OPEN_CLIP, "open_clip-custom": CUSTOM, "hf-clip": HF}
+
+
+@pytest.fixture(scope="module")
+def model() -> zoo.ClipZoo:
+    return zoo.clip(layers=2)
+
+
+def states(model: zoo.ClipZoo) -> dict[str, State]:
+    return {
+        "open_clip": model.open_clip,
+        "open_clip-custom": model.custom_text,
+        "hf-clip": model.hf,
+    }
+
+
+def transformers_class(model: zoo.ClipZoo, name: str) -> Any:
+    import transformers
+
+    config = model.hf_model.config
+    part = config.vision_config if "Vision" in name else config.text_config
+    return getattr(transformers, name)(part)
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(HERE, HERE)))
+def test_all_become_what_an_independent_converter_makes(model, source, target):
+    state = states(model)
+    assert_same_bits(carry(HERE[source], HERE[target], state[source]), state[target])
+
+
+def test_every_key_names_each_canonical_tensor_once(model):
+    for name, state in states(model).items():
+        reading = read(HERE[name], state)
+        assert sorted(reading.names) == sorted(state)
+        assert sum(map(len, reading.names.values())) == len(reading.atoms)
+    assert len({*reading.atoms}) == len(model.hf)
+
+
+def test_the_sizes_in_openais_files_are_dropped_with_a_reason(model):
+    reading = read(OPEN_CLIP, model.openai)
+    assert set(reading.dropped) == {"input_resolution", "context_length", "vocab_size"}
+    assert all(reading.dropped.values())
+    assert_same_bits(carry(OPEN_CLIP, HF, model.openai), model.hf)
+
+
+def test_what_is_carried_computes_the_same_in_float64(model):
+    import torch
+    import transformers
+    from open_clip.model import CLIP
+
+    hf = transformers.CLIPModel(model.hf_model.config).eval()
+    hf.load_state_dict(carry(OPEN_CLIP, HF, model.open_clip), strict=True)
+    back = CLIP(**zoo.open_clip_cfg(2)).eval()
+    back.load_state_dict(carry(HF, OPEN_CLIP, model.hf), strict=True)
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.manual_seed(0))
+    words = torch.tensor([[1, 5, 7, 98, *[0] * 8], [4, 9, 2, 3, 97, *[0] * 7]])
+    with torch.no_grad():
+        images, texts = [], []
+        for one in (copy.deepcopy(model.open_clip_model), back):
+            images.append(one.double().encode_image(pixels))
+            texts.append(one.encode_text(words))
+        hf.double()
+        images.append(hf.visual_projection(hf.vision_model(pixels).pooler_output))
+        texts.append(hf.text_projection(hf.text_model(words).pooler_output))
+    for first, *others in (images, texts):
+        assert first.abs().max() > 0.1
+        for other in others:
+            assert (first - other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("CLIPVisionModel", "vision_model."),
+        ("CLIPVisionModelWithProjection", ""),
+        ("CLIPTextModelWithProjection", ""),
+    ],
+)
+def test_the_towers_of_transformers_are_read_and_written_with_their_prefix(model, name, prefix):
+    state = transformers_class(model, name).state_dict()
+    whole = {prefix + key: tensor for key, tensor in state.items()}
+    assert {*whole} < {*model.hf}
+    assert_same_bits(carry(HF, HF, state), whole)
+
+
+def test_a_flat_text_tower_is_never_taken_for_a_vision_tower(model):
+    state = transformers_class(model, "CLIPTextModel").state_dict()
+    flat = {name for name in state if name.startswith(HF.absent_without)}
+    assert flat == {
+        "embeddings.token_embedding.weight",
+        "final_layer_norm.weight",
+        "final_layer_norm.bias",
+    }
+    assert any(name.startswith(HF_TEXT.sentinels) for name in state)
+    vision = transformers_class(model, "CLIPVisionModel").state_dict()
+    assert not any(name.startswith(HF_TEXT.sentinels) for name in vision)
+    wanted = {f"text_model.{name}": tensor for name, tensor in state.items()}
+    assert_same_bits(carry(HF_TEXT, HF, state), wanted)
+    assert HF_TEXT.read_only
+
+
+def test_position_ids_are_dropped_with_a_reason_wherever_they_stand(model):
+    import torch
+
+    places = ["vision_model.", "text_model.", ""]
+    ids = {f"{place}embeddings.position_ids": torch.arange(5)[None] for place in places}
+    reading = read(HF, model.hf | ids)
+    assert set(reading.dropped) == set(ids)
+    assert_same_bits(carry(HF, OPEN_CLIP, model.hf | ids), model.open_clip)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_projection_with_a_bias_is_read_and_refused_where_there_is_none(custom):
+    import open_clip.model
+
+    config = zoo.open_clip_cfg(1)
+    config["text_cfg"]["proj_bias"] = True
+    kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    state = kind(**config).state_dict()
+    reading = read(CUSTOM if custom else OPEN_CLIP, state)
+    assert not reading.unknown
+    assert reading.atoms["text.projection.weight"].shape == (40, 36)
+    for target in HERE.values():
+        assert assemble(reading.atoms, target.table(), {}).unplaced == ("text.projection.bias",)
+
+
+def test_a_logit_bias_has_no_place_in_transformers(model):
+    import torch
+
+    reading = read(OPEN_CLIP, model.open_clip | {"logit_bias": torch.tensor(-10.0)})
+    assert assemble(reading.atoms, HF.table(), {}).unplaced == ("logit_bias",)
+    assert assemble(reading.atoms, CUSTOM.table(), {}).unplaced == ()
+
+
+def odd_models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
+    """What is changed in the vision and in the text configuration, and a word of the reason."""
+    blocks = {"block_type": "custom"}
+    return {
+        "resnet": ({"layers": [1, 1, 1, 1], "width": 32, "head_width": 64}, {}, "ResNet"),
+        "pooler": ({"attentional_pool": True, "attn_pooler_heads": 4}, {}, "attentional pooler"),
+        "two poolers": (
+            {"attentional_pool": "parallel", "attn_pooler_heads": 4},
+            {},
+            "attentional pooler",
+        ),
+        "layer scale": ({"ls_init_value": 0.1}, {"ls_init_value": 0.1}, "layer scale"),
+        "norms": ({**blocks, "qk_norm": True}, {**blocks, "scale_attn": True}, "further norms"),
+        "scales": (
+            {**blocks, "scale_heads": True, "scale_fc": True},
+            {**blocks, "scaled_cosine_attn": True, "scale_attn_inner": True},
+            "further norms",
+        ),
+        "class token": ({}, {"embed_cls": True}, "class token"),
+        "timm": ({"timm_model_name": "resnet18", "timm_pool": "avg"}, {}, "timm"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("odd", "custom"),
+    # `CLIP` forgets the class token of its text tower
+    [
+        pair
+        for pair in itertools.product(odd_models(), [False, True])
+        if pair != ("class token", False)
+    ],
+)
+def test_unknown_keys_of_other_architectures_have_a_reason(odd, custom):
+    import open_clip.model
+
+    vision, text, reason = odd_models()[odd]
+    config = zoo.open_clip_cfg(1)
+    config["vision_cfg"] |= vision
+    config["text_cfg"] |= text
+    kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    zoo.prepare()
+    unknown = read(CUSTOM if custom else OPEN_CLIP, kind(**config).state_dict()).unknown
+    assert unknown
+    for name in unknown:
+        assert reason in why_unsupported(name), name
+
+
+def test_unknown_keys_of_coca_have_a_reason():
+    from open_clip.coca_model import CoCa
+
+    config = zoo.open_clip_cfg(1)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision |= {"attentional_pool": True, "attn_pooler_heads": 4}
+    text |= {"embed_cls": True}
+    decoder = {"width": 36, "heads": 3, "layers": 1, "context_length": 12, "vocab_size": 99}
+    state = CoCa(40, decoder, text, vision).state_dict()
+    reasons = {why_unsupported(name) for name in read(CUSTOM, state).unknown}
+    assert len(reasons) == 3
+    assert all("no other layout" in one or "pooler" in one for one in reasons)
+
+
+def test_unknown_keys_of_a_text_tower_of_transformers_have_a_reason():
+    import transformers
+    from open_clip.hf_model import HFTextEncoder
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.RobertaConfig(vocab_size=9, max_position_embeddings=8, **sizes)
+    tower = HFTextEncoder("", 40, config=config, pooler_type="mean_pooler", proj_type="mlp")
+    state = {f"text.{name}": one for name, one in tower.state_dict().items()}
+    unknown = read(CUSTOM, state).unknown
+    assert {*unknown} == {*state}
+    assert {why_unsupported(name) for name in unknown} == {
+        "a text tower of transformers' own (`hf_model_name`)"
+    }
+
+
+def test_unknown_keys_of_mobileclips_convolutional_towers_have_a_reason():
+    name = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"
+    assert all(one.table().match(name) is None for one in (*HERE.values(), MOBILE))
+    assert "FastViT" in why_unsupported(name)
+
+
+def why_unsupported(name: str) -> str:
+    template, _ = split_numbers(name)
+    table = clip_layouts.UNSUPPORTED
+    return next((table[prefix] for prefix in table if template.startswith(prefix)), "")
+
+
+def test_a_tower_that_lacks_what_transformers_always_has_is_named():
+    from open_clip.model import CLIP
+
+    config = zoo.open_clip_cfg(1)
+    config["vision_cfg"]["no_ln_pre"] = True
+    reading = read(OPEN_CLIP, CLIP(**config).state_dict())
+    assert not reading.unknown
+    lacking = [name for name in clip_layouts.ALWAYS_THERE if name not in reading.atoms]
+    assert lacking == ["vision.pre_norm.weight"]
+
+
+def test_siglip_of_transformers_gives_no_evidence_of_clip():
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.SiglipConfig(
+        text_config={**sizes, "vocab_size": 9, "projection_size": 32},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+    )
+    state = transformers.SiglipModel(config).state_dict()
+    reading = read(HF, state)
+    shown = {name for name in state if name.startswith(HF.absent_without)}
+    assert shown
+    assert shown <= {*reading.unknown}
+    assert all("SigLIP" in why_unsupported(name) for name in shown)
+
+
+# --- timm
+
+
+def timm_tower(model: zoo.ClipZoo) -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=4,
+        num_classes=40,
+        pre_norm=True,
+    )
+
+
+def test_timm_reads_what_is_written_for_it(model):
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    tower = timm_tower(model)
+    visual = {name: one for name, one in model.open_clip.items() if name.startswith("visual.")}
+    theirs = checkpoint_filter_fn(dict(visual), tower)
+    bias = theirs.pop("head.bias")
+    ours = carry(OPEN_CLIP, TIMM, visual)
+    assert_same_bits(ours, theirs)
+    tower.load_state_dict(ours | {"head.bias": bias}, strict=True)
+    assert_same_bits(carry(TIMM, OPEN_CLIP, ours), visual)
+    assert_same_bits(
+        carry(TIMM, HF, ours), {name: model.hf[name] for name in model.hf_vision_projection}
+    )
+
+
+def test_the_bias_that_timm_adds_is_no_part_of_clip(model):
+    state = timm_tower(model).state_dict()
+    reading = read(TIMM, state)
+    assert not reading.unknown
+    made = assemble(reading.atoms, OPEN_CLIP.table(), {})
+    assert set(made.unplaced) == {*timm_clip.ZEROS} == {"vision.projection.bias"}
+    assert_same_bits(carry(TIMM, TIMM, state), state)
+
+
+def test_other_towers_of_timm_give_no_evidence():
+    from timm.models.vision_transformer import VisionTransformer
+
+    plain = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    assert not any(name.startswith(TIMM.sentinels) for name in plain.state_dict())
+
+
+# --- MobileCLIP
+
+
+def hybrid_tower() -> Any:
+    """MobileCLIP-B's image tower, small."""
+    from functools import partial
+
+    import torch
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    stem = ConvStem(
+        channels=(8, 8, 32),
+        stride=(4, 2, 2),
+        kernel_size=(4, 2, 2),
+        padding=0,
+        act_layer=torch.nn.GELU,
+    )
+    return VisionTransformer(
+        img_size=32,
+        patch_size=1,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=40,
+        no_embed_class=True,
+        embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
+    )
+
+
+def apple(model: zoo.ClipZoo) -> State:
+    """A MobileCLIP-B as Apple's own code names it."""
+    import torch
+
+    found: State = {"logit_scale": torch.tensor(4.5)}
+    for name, tensor in hybrid_tower().state_dict().items():
+        if name != "head.bias":
+            found["image_encoder.model." + _apple_image(name)] = torch.rand_like(tensor.float())
+    found["image_encoder.model.classifier.proj"] = torch.randn(32, 40)
+    found["image_encoder.model.pos_embed.pos_embed.pos_embed"] = torch.randn(1, 1, 4, 32)
+    for name, tensor in model.open_clip.items():
+        if not name.startswith(("visual.", "logit_")):
+            found["text_encoder." + _apple_text(name)] = tensor
+    key = "text_encoder.positional_embedding.pos_embed.pos_embed"
+    found[key] = found[key][None, None]
+    return found
+
+
+def _apple_block(name: str, layer: str) -> str:
+    for theirs, ours in {
+        "norm1": "pre_norm_mha.0",
+        "ln_1": "pre_norm_mha.0",
+        "norm2": "pre_norm_ffn.0",
+        "ln_2": "pre_norm_ffn.0",
+        "attn.qkv": "pre_norm_mha.1.qkv_proj",
+        "attn.in_proj_": "pre_norm_mha.1.qkv_proj.",
+        "attn.out_proj": "pre_norm_mha.1.out_proj",
+        "attn.proj": "pre_norm_mha.1.out_proj",
+        "mlp.fc1": "pre_norm_ffn.1",
+        "mlp.c_fc": "pre_norm_ffn.1",
+        "mlp.fc2": "pre_norm_ffn.4",
+        "mlp.c_proj": "pre_norm_ffn.4",
+    }.items():
+        if name.startswith(theirs):
+            return f"transformer.{layer}.{ours}{name.removeprefix(theirs)}"
+    raise KeyError(name)
+
+
+def _apple_image(name: str) -> str:
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        layer, _, leaf = rest.partition(".")
+        return _apple_block(leaf, layer)
+    if first == "patch_embed":
+        _, stage, kind, leaf = rest.split(".")
+        return f"patch_emb.{stage}.block.{'norm' if kind == 'bn' else kind}.{leaf}"
+    return {
+        "cls_token": "cls_token",
+        "pos_embed": "pos_embed.pos_embed.pos_embed",
+        "norm.weight": "post_transformer_norm.weight",
+        "norm.bias": "post_transformer_norm.bias",
+        "head.weight": "classifier.proj",
+    }[name]
+
+
+def _apple_text(name: str) -> str:
+    if name.startswith("transformer.resblocks."):
+        layer, _, leaf = name.removeprefix("transformer.resblocks.").partition(".")
+        return _apple_block(leaf, layer)
+    return {
+        "token_embedding.weight": "embedding_layer.weight",
+        "positional_embedding": "positional_embedding.pos_embed.pos_embed",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+        "text_projection": "projection_layer",
+    }[name]
+
+
+def test_mobileclip_becomes_what_open_clip_makes_of_it(model):
+    from open_clip.convert import convert_mobile_clip_state_dict
+
+    state = apple(model)
+    assert sum(name.startswith("text_encoder.") for name in state) == 29
+    tower = SimpleNamespace(visual=SimpleNamespace(trunk=hybrid_tower()))
+    theirs = convert_mobile_clip_state_dict(tower, dict(state), fastvit=False)
+    assert not theirs.pop("visual.trunk.head.bias").any()
+    ours = carry(MOBILE, CUSTOM, state)
+    assert_same_bits(ours, theirs)
+    assert_same_bits(carry(CUSTOM, CUSTOM, ours), theirs)
+    assert MOBILE.read_only
+    assert MOBILE.lossy
+
+
+def test_mobileclips_image_tower_has_no_place_in_other_layouts(model):
+    atoms = read(MOBILE, apple(model)).atoms
+    hybrid = {name for name in atoms if name.startswith("vision.")}
+    for target in (OPEN_CLIP, HF, TIMM):
+        assert hybrid <= {*assemble(atoms, target.table(), {}).unplaced}
+
+
+def test_every_layout_says_which_models_it_names():
+    spaces = {one.name: one.space for one in (*HERE.values(), HF_TEXT, TIMM, MOBILE)}
+    assert set(spaces.values()) == {"clip"}
+    assert {one.space for one in siglip_layouts.LAYOUTS} == {"siglip"}
