@@ -6,7 +6,7 @@ Every key of every source is mapped, dropped with a reason, or refused before a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flamingo_ckpt.bases import Base, Supply, read_base
@@ -115,7 +115,7 @@ def make_map_plan(
         findings=(
             *chosen.findings,
             *resized.findings,
-            *_withheld_findings(withheld, reading, target),
+            *_withheld_findings(withheld.keys() - remembered, reading, target),
             *_base_findings(supplies, supplied),
         ),
         layout=detection,
@@ -269,8 +269,9 @@ def _withhold(
         place = table.place(name)
         # Upstream's filter keeps whatever has "embed" in its key, GPT-NeoX's head among it, and a
         # second name of the embedding.
-        is_kept = (place is not None and "embed" in place.name.split(".", 1)[1]) or (
-            embed is not None and piece.identity == embed.identity
+        is_kept = group_of(name).startswith("lm.") and (
+            (place is not None and "embed" in place.name)
+            or (embed is not None and piece.identity == embed.identity)
         )
         if reason and (not is_kept or name in remembered):
             withheld[name] = reason
@@ -382,7 +383,12 @@ def _check_expected(steps: Sequence[Step], mapping: MapOptions, where: str) -> t
                 key=name,
                 hint=f"the config is {mapping.where_expected}; `flamingo-ckpt diff` lists every key",
             )
-    extra = [name for name in there if name not in wanted]
+    # a second name of a tensor that the model has is no other tensor
+    extra = [
+        step.name
+        for step in steps
+        if not any(name in wanted for name in (step.name, *step.aliases))
+    ]
     if extra:
         raise CkptError(
             f"the model has no {name_some([escape(name) for name in extra])}",
@@ -410,7 +416,7 @@ def _dropped_keys(reading: Reading, reasons: Mapping[str, str]) -> list[Dropped]
 
 
 def _withheld_findings(
-    withheld: Mapping[str, str], reading: Reading, target: Layout
+    withheld: Collection[str], reading: Reading, target: Layout
 ) -> list[Finding]:
     """A head that may have been trained is not left out without a word."""
     return [

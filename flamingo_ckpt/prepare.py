@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.bases import Base
 from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.mapping import assemble, read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.map_plan import Expected, MapOptions, make_map_plan
 from flamingo_ckpt.plan import Plan, PlanOptions, make_plan
+from flamingo_ckpt.sides import Side, checkpoint_side, model_side
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
 from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
 
@@ -109,8 +111,13 @@ def _config(manifest: Manifest, request: Request) -> ModelConfig | None:
     """The model's config: what was named, else the one in the source's own folder."""
     from flamingo_ckpt.models.config import read_config
 
-    if request.config:
-        return read_config(request.config)
+    return read_config(request.config) if request.config else _own_config(manifest)
+
+
+def _own_config(manifest: Manifest) -> ModelConfig | None:
+    """The config in a checkpoint's own folder, where it describes a whole model."""
+    from flamingo_ckpt.models.config import read_config
+
     if manifest.folder is None:
         return None
     try:
@@ -287,3 +294,53 @@ def _completed(data: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> d
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
+def open_sides(
+    a: str,
+    b: str,
+    *,
+    source_layout: str | None = None,
+    config: str | None = None,
+    wrapper_key: str | None = None,
+    npy_bfloat16: bool = False,
+) -> tuple[Side, Side, dict[str, int]]:
+    """Open what `diff` compares: (A, B, numbers of heads).
+
+    A model is taken in the layout of the checkpoint on the other side, where it has that one.
+
+    Raises:
+        CkptError: where a side cannot be read, or a config is invalid.
+    """
+    from flamingo_ckpt.models.config import MODEL_PREFIX, read_config
+
+    configs = [read_config(uri) if uri.startswith(MODEL_PREFIX) else None for uri in (a, b)]
+    told = read_config(config) if config else next((one for one in configs if one), None)
+    files = [
+        None
+        if model
+        else open_checkpoint(uri, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
+        for uri, model in zip((a, b), configs, strict=True)
+    ]
+    dims = _dims(told or next((own for file in files if file and (own := _own_config(file))), None))
+    sides: list[Side | None] = [
+        checkpoint_side(file, dims, source_layout if at == 0 else None) if file else None
+        for at, file in enumerate(files)
+    ]
+    found: list[Side] = []
+    for at, model in enumerate(configs):
+        side, other = sides[at], sides[1 - at]
+        if side is None and model is not None:
+            side = model_side(model, _layout_for(model, other), dims)
+        assert side is not None
+        found.append(side)
+    return found[0], found[1], dims
+
+
+def _layout_for(model: ModelConfig, other: Side | None) -> str:
+    from flamingo_ckpt.models.expectation import LAYOUTS
+
+    name = other.detection.layout.name if other and other.detection else model.layout
+    name = {"openflamingo-full": "openflamingo"}.get(name, name)
+    known = LAYOUTS[model.kind]
+    return name if name in known else model.layout if model.layout in known else known[0]

@@ -117,8 +117,8 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
         derived = Derived()
         finding = _header_difference(step, tensor)
         if finding is None:
-            found = _compare(step, tensor, buffer, derived, on_bytes, stop)
-            finding = _bits_differ(step, tensor, found) if found else None
+            found = first_difference(step, _identity(tensor), buffer, derived, on_bytes, stop)
+            finding = bits_differ(step, tensor, found) if found else None
         return step, tensor, derived, finding
 
     results = run_tasks(pairs, work)
@@ -220,16 +220,16 @@ def _header_difference(step: Step, tensor: TensorInfo) -> Finding | None:
     return None
 
 
-def _compare(
+def first_difference(
     step: Step,
-    tensor: TensorInfo,
+    stored_step: Step,
     buffer: bytearray,
     derived: Derived,
     on_bytes: OnBytes,
     stop: threading.Event,
 ) -> Difference | None:
-    """Compare the derived bytes with the stored ones, in blocks of whatever sizes come."""
-    stored = derive(_identity(tensor), bytearray(BLOCK_BYTES), Derived())
+    """Compare what two steps derive, in blocks of whatever sizes come; None where all bits agree."""
+    stored = derive(stored_step, bytearray(BLOCK_BYTES), Derived())
     have = memoryview(b"")
     difference: Difference | None = None
     at = 0
@@ -291,7 +291,8 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
+def bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
+    """The finding for a tensor whose bits are not those that a step derives."""
     place = ", ".join(map(str, found.index))
     ours, theirs = (_readable(bits, step) for bits in (found.expected, found.found))
     return Finding(

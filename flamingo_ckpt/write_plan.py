@@ -352,9 +352,8 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
         )
         for name, reason in left
     ]
-    lost = (plan.source.metadata.keys() | plan.metadata.keys()) - {"format"}
-    if write.format != "safetensors" and lost:
-        keys = sorted(lost)
+    keys = sorted(_metadata(plan, ConvertOptions()).keys() - {"format"})
+    if write.format != "safetensors" and keys:
         found.append(
             Finding(
                 code="FC209",

@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "vocabulary": GROUND | {"layouts"},
     "map_plan": GROUND | {"layouts", "plan", "bases", "vocabulary"},
     "prepare": GROUND | {"layouts", "plan", "bases", "vocabulary", "map_plan", "models"},
-    "diff": GROUND | {"formats", "layouts", "plan", "map_plan", "stream", "models", "prepare", "verify"},
+    "diff": GROUND
+    | {"formats", "layouts", "plan", "map_plan", "stream", "models", "prepare", "verify"},
     # the version of the tool is part of every document
     "report": GROUND | {""},
     "cli": GROUND

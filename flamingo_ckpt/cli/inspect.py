@@ -77,7 +77,11 @@ def inspect(
         argv=argv,
         verdict="pass",
         exit_code=0,
-        inputs=(describe_input(manifest, found.prefix, found.layout.layout.name if found.layout else None),),
+        inputs=(
+            describe_input(
+                manifest, found.prefix, found.layout.layout.name if found.layout else None
+            ),
+        ),
         summary=found.summary,
         findings=found.findings,
         duration_seconds=time.monotonic() - started,
@@ -95,7 +99,7 @@ def _inspect_model(src: str, *, tensors: bool, argv: tuple[str, ...], started: f
     expected = expect(read_config(src))
     infos = tuple(tensor.info() for tensor in expected.canonical())
     manifest = Manifest(uri=src, format="model", tensors=infos, files=())
-    extra = {
+    extra: dict[str, Any] = {
         "tied": expected.tied_groups(),
         "files": [],
         "beside": [],

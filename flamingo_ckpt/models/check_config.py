@@ -83,10 +83,10 @@ def check_flamingo(fields: Fields, data: dict[str, Any]) -> None:
 def check_clip(fields: Fields, data: dict[str, Any]) -> None:
     """The config of transformers' CLIPModel."""
     _check_dtype(fields)
-    data["projection_dim"] = fields.integer("projection_dim", default=512)
+    data["projection_dim"] = shared = fields.integer("projection_dim", default=512)
     for name, defaults in (("vision", CLIP_VISION_DEFAULTS), ("text", CLIP_TEXT_DEFAULTS)):
         inner = fields.section(f"{name}_config").data
-        data[f"{name}_config"] = {**defaults, **_given(inner)}
+        data[f"{name}_config"] = {**defaults, "projection_dim": shared, **_given(inner)}
     _check_vision(Fields(data["vision_config"], "vision_config.", fields.where))
     _check_clip_text(Fields(data["text_config"], "text_config.", fields.where))
 

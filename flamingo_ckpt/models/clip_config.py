@@ -90,6 +90,7 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "image_size": _side(vision, "image_size", 224, where),
             "patch_size": _side(vision, "patch_size", 16, where),
             "num_channels": 3,
+            "projection_dim": data["embed_dim"],
             "hidden_act": activation,
         },
         "text_config": {
@@ -100,6 +101,7 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "num_attention_heads": text.get("heads", 8),
             "vocab_size": text.get("vocab_size", 49408),
             "max_position_embeddings": text.get("context_length", 77),
+            "projection_dim": data["embed_dim"],
             "hidden_act": activation,
         },
     }

@@ -19,6 +19,10 @@ from flamingo_ckpt.models.families import FAMILIES, Family
 Shapes = Mapping[str, tuple[int, ...]]
 
 _HEAD_WIDTH = 64
+#: Widths of vision towers whose heads are not 64 wide: So400m/14, H/14, g/14, bigG/14.
+_VISION_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+#: Width of the only Gemma (2, 27B) under a PaliGemma whose heads are not 256 wide.
+_GEMMA_HEAD_DIM = {4608: 128}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +227,8 @@ def _language(atoms: Shapes, draft: _Draft, name: str | None, at: str) -> None:
     positions = _axis(atoms, "lm.embed_positions.weight", 0)
     if positions is not None:
         draft.proven(at + "max_position_embeddings", positions - 2)  # OPT's offset
-    _tie(atoms, draft, bool(leaves), at)
+    if family is None or family.name != "mosaic_gpt":  # which has no head, whatever its config says
+        _tie(atoms, draft, bool(leaves), at)
     draft.cannot_tell(at + "layer_norm_eps")
 
 
@@ -293,6 +298,8 @@ def _tower(atoms: Shapes, draft: _Draft, prefix: str, at: str, width: int | None
     _put(draft, at + "num_hidden_layers", _depth(atoms, layers))
     _put(draft, at + "intermediate_size", _size(atoms, layers, "mlp.fc1.weight", 0))
     heads = width // _HEAD_WIDTH if width and width % _HEAD_WIDTH == 0 else None
+    if prefix == "vision.":
+        heads = _VISION_HEADS.get(width or 0, heads)
     draft.cannot_tell(at + "num_attention_heads", heads)
     draft.cannot_tell(at + "layer_norm_eps", 1e-5 if "vision.class_embedding" in atoms else None)
 
@@ -321,11 +328,11 @@ def _paligemma(atoms: Shapes, draft: _Draft) -> None:
     _put(draft, at + "intermediate_size", _size(atoms, layers, "mlp.gate_proj.weight", 0))
     queries = _size(atoms, layers, "self_attn.q_proj.weight", 0)
     keys = _size(atoms, layers, "self_attn.k_proj.weight", 0)
-    # Every published Gemma but the largest has heads of 256.
-    known = queries is not None and keys is not None and queries % 256 == keys % 256 == 0
-    draft.cannot_tell(at + "head_dim", 256 if known else None)
-    draft.cannot_tell(at + "num_attention_heads", (queries or 0) // 256 if known else None)
-    draft.cannot_tell(at + "num_key_value_heads", (keys or 0) // 256 if known else None)
+    dim = _GEMMA_HEAD_DIM.get(_axis(atoms, "lm.embed_tokens.weight", 1) or 0, 256)
+    known = queries is not None and keys is not None and queries % dim == keys % dim == 0
+    draft.cannot_tell(at + "head_dim", dim if known else None)
+    draft.cannot_tell(at + "num_attention_heads", (queries or 0) // dim if known else None)
+    draft.cannot_tell(at + "num_key_value_heads", (keys or 0) // dim if known else None)
     _tie(atoms, draft, family is not None, at)
     _put(draft, "projection_dim", _axis(atoms, "projector.weight", 0))
     _vision(atoms, draft, "vision_config.")

@@ -48,7 +48,6 @@ _MPT_1B = {
     "alibi": True,
     "attn_qk_ln": True,
     "no_bias": True,
-    "tie_word_embeddings": True,
 }
 _MPT_7B = {
     "model_type": "mpt",

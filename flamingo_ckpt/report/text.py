@@ -36,6 +36,14 @@ def render(report: Report, *, verbose: bool = False) -> list[str]:
     lines = [_input_line(one) for one in report.inputs]
     if report.command == "verify":
         lines += _verify(report)
+    elif report.command == "diff":
+        from flamingo_ckpt.report.diff_text import render_diff
+
+        return [*lines, *render_diff(report, verbose=verbose)]
+    elif report.command == "layouts":
+        from flamingo_ckpt.report.layouts_text import render_layouts
+
+        lines += render_layouts(report)
     else:
         lines += {"inspect": _inspect, "convert": _convert}[report.command](report, verbose)
     lines += _findings(report.findings, verbose)
@@ -159,11 +167,17 @@ def _span(files: Sequence[Mapping[str, Any]]) -> str:
 def _convert(report: Report, verbose: bool) -> list[str]:
     summary, extra = report.summary, report.extra
     lines = []
-    prefix = extra["prefix"]
-    what = [
-        f"{summary['renamed']} renamed ({prefix} removed)" if summary["renamed"] else "names kept"
-    ]
+    why = f" ({extra['prefix']} removed)" if extra["prefix"] else ""
+    what = [f"{summary['renamed']} renamed{why}" if summary["renamed"] else "names kept"]
+    if summary["transformed"]:
+        what.append(f"{summary['transformed']} rearranged")
     what.append(f"{summary['cast']} cast to {extra['dtype']}" if summary["cast"] else "no cast")
+    if extra["layout"]:
+        layout = extra["layout"]
+        lines.append(
+            f"layout     {layout['from']} to {layout['to']}; {layout['evidence']}"
+            + ("; the result is partial" if extra["partial"] else "")
+        )
     lines.append(
         f"plan       {count(summary['num_tensors'], 'tensor')}, "
         f"{format_bytes(summary['num_bytes'])} as {extra['format']}; " + ", ".join(what)

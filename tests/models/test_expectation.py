@@ -349,3 +349,21 @@ def test_counts() -> None:
     }
     assert found.tied_groups() == [["a", "tied", "tied_too"]]
     assert found.alias_trees() == {"lang_encoder.old_decoder_blocks": 1}
+
+
+def test_constructing_leaves_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither on the caller's random numbers and defaults nor on the terminal."""
+    import torch
+
+    from flamingo_ckpt.models.construct import construct
+
+    made = config(zoo.openflamingo("opt").config)
+    capfd.readouterr()
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    assert construct(made, "openflamingo")
+    assert construct(made, "hf-flamingo")
+    assert torch.equal(torch.rand(4), wanted)
+    assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float32, "cpu")
+    assert capfd.readouterr() == ("", "")

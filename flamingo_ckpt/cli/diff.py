@@ -1,0 +1,82 @@
+"""`flamingo-ckpt diff A B`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from flamingo_ckpt.cli.options import npy_bfloat16, source_layout, verb, wrapper_key
+from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.report.document import Report, describe_input
+
+EPILOG = """\b
+Examples:
+  flamingo-ckpt diff checkpoint.pt model:openflamingo-3b-vitl-mpt1b
+  flamingo-ckpt diff release/ model:release/config.json
+  flamingo-ckpt diff before.pt after/ --level bits
+"""
+
+
+@click.command(epilog=EPILOG, short_help="What differs, key by key.")
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--level",
+    type=click.Choice(["keys", "headers", "bits"]),
+    default="headers",
+    show_default=True,
+    help="Compare names; also dtypes and shapes; also every bit.",
+)
+@source_layout
+@click.option(
+    "--config", metavar="FILE", help="The model's config, for sizes that no shape tells (heads)."
+)
+@wrapper_key
+@npy_bfloat16
+@verb
+def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:  # noqa: ARG001
+    """Compare A with what B expects of it: missing, unexpected, changed, renamed, absent by design.
+
+    Either side is a checkpoint (file, folder, index) or a model (model:CONFIG or model:PRESET).
+    Where their layouts differ they are compared through the map. Exit 0 when nothing differs but
+    what is absent by design, 1 when something does, 2 when there is no answer.
+    """
+    from flamingo_ckpt.diff import diff as compare
+    from flamingo_ckpt.diff import summary_of
+    from flamingo_ckpt.prepare import open_sides
+
+    a, b, dims = open_sides(
+        chosen["a"],
+        chosen["b"],
+        source_layout=chosen["source_layout"],
+        config=chosen["config"],
+        wrapper_key=chosen["wrapper_key"],
+        npy_bfloat16=chosen["npy_bfloat16"],
+    )
+    result = compare(a, b, level=chosen["level"], dims=dims)
+    return Report(
+        command="diff",
+        argv=argv,
+        verdict="pass" if result.is_same else "fail",
+        exit_code=0 if result.is_same else 1,
+        inputs=tuple(
+            describe_input(
+                side.manifest, None, side.detection.layout.name if side.detection else None
+            )
+            for side in (a, b)
+        ),
+        summary=summary_of(result),
+        findings=(*a.manifest.findings, *b.manifest.findings, *result.findings),
+        duration_seconds=time.monotonic() - started,
+        extra={
+            "level": result.level,
+            "evidence": [side.detection.evidence if side.detection else None for side in (a, b)],
+            "missing": list(result.missing),
+            "unexpected": list(result.unexpected),
+            "changed": list(result.changed),
+            "renamed": [list(pair) for pair in result.renamed],
+            "expected_absent": dict(result.expected_absent),
+        },
+    )
