@@ -13,13 +13,20 @@ from flamingo_ckpt.errors import CkptError, name_some
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.mapping import Piece, read_atoms
-from flamingo_ckpt.plan import PlanOptions, choose_tensors
+from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.tensors import Manifest, TensorInfo, escape
 
 #: option -> the layouts that it reads, and the groups that it may fill.
 _SPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vision": (
-        ("open_clip", "open_clip-custom", "hf-clip", "timm-clip", "openflamingo-full", "hf-flamingo"),
+        (
+            "open_clip",
+            "open_clip-custom",
+            "hf-clip",
+            "timm-clip",
+            "openflamingo-full",
+            "hf-flamingo",
+        ),
         ("vision",),
     ),
     "language": (

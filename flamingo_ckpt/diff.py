@@ -76,7 +76,9 @@ class _Sorted:
     findings: list[Finding] = field(default_factory=list)
 
 
-def diff(a: Side, b: Side, *, level: str = "headers", dims: Mapping[str, int] | None = None) -> DiffResult:
+def diff(
+    a: Side, b: Side, *, level: str = "headers", dims: Mapping[str, int] | None = None
+) -> DiffResult:
     """Compare two sides by names, headers, and at level `bits` by content.
 
     Args:
@@ -225,7 +227,12 @@ def _header_finding(mine: Entry, other: Entry) -> Finding | None:
     if mine.shape != other.shape:
         code, detail, hint = _shape_difference(mine, other)
         return Finding(
-            code=code, severity="error", key=mine.key, detail=f"`{key}`: {detail}", hint=hint, data=data
+            code=code,
+            severity="error",
+            key=mine.key,
+            detail=f"`{key}`: {detail}",
+            hint=hint,
+            data=data,
         )
     if mine.dtype is not other.dtype:
         return Finding(
@@ -249,7 +256,11 @@ def _shape_difference(mine: Entry, other: Entry) -> tuple[str, str, str | None]:
             if what == "vocabulary" and mine.canonical[0].startswith("lm.")
             else None
         )
-        return "FC216", f"{what} of {mine.shape[0]} rows, {other.shape[0]} there: {change:+d}{grids}", hint
+        return (
+            "FC216",
+            f"{what} of {mine.shape[0]} rows, {other.shape[0]} there: {change:+d}{grids}",
+            hint,
+        )
     if mine.shape == other.shape[::-1]:
         return "FC205", f"{here} here, {there} there: transposed", None
     if math.prod(mine.shape) == math.prod(other.shape):
@@ -262,7 +273,9 @@ def _grids(mine: Entry, other: Entry) -> str:
     told: list[str] = []
     for rows in (mine.shape[0], other.shape[0]):
         sides = [
-            math.isqrt(rows - extra) for extra in (1, 0) if math.isqrt(rows - extra) ** 2 == rows - extra
+            math.isqrt(rows - extra)
+            for extra in (1, 0)
+            if math.isqrt(rows - extra) ** 2 == rows - extra
         ]
         if not sides or not mine.canonical[0].startswith("vision."):
             return ""

@@ -11,7 +11,13 @@ from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
 from flamingo_ckpt.layouts.mapping import Piece
 from flamingo_ckpt.sides import Entry, Side
-from flamingo_ckpt.stream import Derived, check_storages, check_unchanged, run_tasks, unchecked_storages
+from flamingo_ckpt.stream import (
+    Derived,
+    check_storages,
+    check_unchanged,
+    run_tasks,
+    unchecked_storages,
+)
 from flamingo_ckpt.tensors import TensorInfo, contiguous_strides, escape
 from flamingo_ckpt.verify import bits_differ, first_difference
 
@@ -24,9 +30,8 @@ def compare_bits(a: Side, b: Side, both: Sequence[_Both]) -> dict[str, list[Find
     Raises:
         CkptError: where a side cannot be read, or fails its checksum.
     """
-    for one in (0, 1):
-        steps = [pair[1 + one].step for pair in both]
-        check_storages(unchecked_storages(steps), lambda _: None)
+    check_storages(unchecked_storages([mine.step for _, mine, _ in both]), lambda _: None)
+    check_storages(unchecked_storages([other.step for _, _, other in both]), lambda _: None)
 
     def work(pair: _Both, buffer: bytearray, stop: threading.Event) -> tuple[_Both, Finding | None]:
         name, mine, other = pair
@@ -42,9 +47,7 @@ def compare_bits(a: Side, b: Side, both: Sequence[_Both]) -> dict[str, list[Find
     for side in (a, b):
         check_unchanged(side.manifest)
     moved = _moved([pair for pair, _ in different])
-    return {
-        pair[0]: [finding, *moved.get(pair[0], [])] for pair, finding in different
-    }
+    return {pair[0]: [finding, *moved.get(pair[0], [])] for pair, finding in different}
 
 
 def _moved(pairs: Sequence[_Both]) -> dict[str, list[Finding]]:
@@ -110,4 +113,3 @@ def _digest(tensor: TensorInfo) -> str:
     for block in read_blocks(tensor, bytearray(BLOCK_BYTES)):
         digest.update(block)
     return digest.hexdigest()
-

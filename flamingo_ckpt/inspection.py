@@ -61,9 +61,7 @@ def inspect(manifest: Manifest) -> Inspection:
 def find_layout(manifest: Manifest) -> Detection | None:
     """The layout by evidence, or None: a file that is none of ours is no fault."""
     try:
-        return detect(
-            [strip_wrappers(tensor.name)[0] for tensor in manifest.tensors], manifest.uri
-        )
+        return detect([strip_wrappers(tensor.name)[0] for tensor in manifest.tensors], manifest.uri)
     except CkptError:
         return None
 

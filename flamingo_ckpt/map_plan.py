@@ -5,12 +5,11 @@ Every key of every source is mapped, dropped with a reason, or refused before a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flamingo_ckpt.bases import Base, Supply, read_base
-from flamingo_ckpt.errors import CkptError, Finding, name_some
+from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import Layout, group_of
 from flamingo_ckpt.layouts.mapping import (
@@ -23,32 +22,30 @@ from flamingo_ckpt.layouts.mapping import (
 )
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.layouts.rules import Table
+from flamingo_ckpt.map_checks import (
+    Expected,
+    check_expected,
+    check_interchangeable,
+    check_needs,
+    refuse_faults,
+    unknown_keys,
+    unplaced_reasons,
+)
 from flamingo_ckpt.plan import (
-    Chosen,
-    Dropped,
     Plan,
-    PlanOptions,
     Step,
-    choose_tensors,
     make_plan,
     target_dtype,
 )
-from flamingo_ckpt.tensors import Manifest, TensorInfo, escape, format_shape
+from flamingo_ckpt.provenance import (
+    PARTIAL_KEY,
+    base_findings,
+    base_metadata,
+    supplied_before,
+)
+from flamingo_ckpt.selection import Chosen, Dropped, PlanOptions, choose_tensors
+from flamingo_ckpt.tensors import Manifest, TensorInfo, escape
 from flamingo_ckpt.vocabulary import EMBED, HEAD, Rows, fit_rows
-
-#: Metadata of a converted file: which canonical tensors came from a base, by the base's kind.
-BASE_KEY = "flamingo_ckpt.base"
-#: Metadata: the file lacks what only a base has.
-PARTIAL_KEY = "flamingo_ckpt.partial"
-_MAX_BASE_KEYS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """One key of the model that the destination should hold."""
-
-    name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +57,7 @@ class MapOptions:
         source_layout: what `--from` says; None: by evidence.
         rows: of the vocabulary.
         dims: sizes that no shape tells, by axis name (numbers of heads).
+        family: of the language model, where the config tells it and the keys do not.
         expected: the keys of the model in the target layout, where its config is known.
         where_expected: the config, for messages.
     """
@@ -68,6 +66,7 @@ class MapOptions:
     source_layout: str | None = None
     rows: Rows = field(default_factory=Rows)
     dims: Mapping[str, int] = field(default_factory=dict)
+    family: str = ""
     expected: tuple[Expected, ...] = ()
     where_expected: str = ""
 
@@ -91,16 +90,16 @@ def make_map_plan(
     reading = _read(manifest, chosen, detection, mapping.dims)
     supplies = [read_base(base, detection.family, mapping.dims) for base in bases]
     atoms, supplied = _filled(reading, supplies)
-    remembered = _remembered(manifest)
+    remembered = supplied_before(manifest)
     atoms, withheld = _withhold(atoms, target, detection, remembered)
-    family = _family(detection, supplies)
-    table = target.table(family if target.rules_of else "")
-    assembly = assemble(atoms, table, mapping.dims)
-    placed_out = _unplaced(assembly.unplaced, atoms, target, manifest.uri)
-    _refuse_faults(assembly.faults, target, manifest.uri)
+    check_needs(atoms, target, manifest.uri)
+    table = target.table(_family(detection, supplies, mapping, target, manifest.uri))
+    assembly = assemble(atoms, table, {**mapping.dims, **reading.dims})
+    placed_out = unplaced_reasons(assembly.unplaced, atoms, target, manifest.uri)
+    refuse_faults(assembly.faults, target, manifest.uri)
     resized = fit_rows(assembly.tensors, mapping.rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
-    absent = _check_expected(steps, mapping, manifest.uri) if mapping.expected else ()
+    absent = check_expected(steps, mapping.expected, mapping.where_expected, manifest.uri)
     partial = _is_partial(target, atoms)
     return Plan(
         source=manifest,
@@ -116,7 +115,7 @@ def make_map_plan(
             *chosen.findings,
             *resized.findings,
             *_withheld_findings(withheld.keys() - remembered, reading, target),
-            *_base_findings(supplies, supplied),
+            *base_findings(supplies, supplied),
         ),
         layout=detection,
         target=target,
@@ -124,27 +123,10 @@ def make_map_plan(
         expected_absent=absent,
         equal=reading.equal,
         zeros=resized.zeros,
-        metadata={**resized.metadata, **_base_metadata(supplied, partial)},
+        metadata={**resized.metadata, **base_metadata(supplied, partial)},
         partial=partial,
         others={supply.base.kind: supply.base.manifest for supply in supplies},
     )
-
-
-def check_interchangeable(source: Layout, target: Layout, where: str) -> None:
-    """Raise FC416 where no conversion between two layouts exists, with the reason."""
-    reason, hint = "", "`flamingo-ckpt layouts` lists what can be converted to what"
-    for layout in (source, target):
-        if layout.refused:
-            reason = f"`{layout.name}` is not interchangeable with any other layout: {layout.refused}"
-    if not reason and source.space != target.space:
-        reason = (
-            f"`{source.name}` names the tensors of a {source.space} model, "
-            f"`{target.name}` those of a {target.space} model"
-        )
-    if not reason and target.read_only and source is not target:
-        reason = f"`{target.name}` is read and never written: {target.read_only}"
-    if reason:
-        raise CkptError(reason, code="FC416", where=where, hint=hint)
 
 
 def _kept(manifest: Manifest, options: PlanOptions, detection: Detection) -> Plan:
@@ -153,7 +135,8 @@ def _kept(manifest: Manifest, options: PlanOptions, detection: Detection) -> Pla
     note = Finding(
         code="FC422",
         severity="info",
-        detail=f"the keys are `{detection.title}` already ({detection.evidence}) and stay as they are",
+        detail=f"the keys are `{detection.title}` already and stay as they are "
+        f"({detection.evidence})",
     )
     return replace(
         plan,
@@ -199,30 +182,6 @@ def _read(
     return reading
 
 
-def unknown_keys(detection: Detection, where: str) -> CkptError:
-    """The refusal of keys that no rule knows; says so where another layout knows them."""
-    if detection.elsewhere is not None:
-        other, names = detection.elsewhere
-        return CkptError(
-            f"{detection.num_fit} of {detection.num_keys} keys are `{detection.title}`, and "
-            f"{len(names)} are `{other}`: " + name_some([escape(name) for name in names]),
-            code="FC417",
-            where=where,
-            key=names[0],
-            hint="the file holds two namings; take one apart with --include or --exclude",
-        )
-    names = detection.unknown
-    return CkptError(
-        f"{len(names)} of {detection.num_keys} keys fit no rule of `{detection.title}`: "
-        + name_some([escape(name) for name in names]),
-        code="FC413",
-        where=where,
-        key=names[0],
-        hint=f"`flamingo-ckpt layouts {detection.layout.name}` prints its rules; leave keys out "
-        "with --exclude",
-    )
-
-
 def _filled(
     reading: Reading, supplies: Sequence[Supply]
 ) -> tuple[dict[str, Piece], dict[str, str]]:
@@ -237,23 +196,6 @@ def _filled(
     return atoms, supplied
 
 
-def _remembered(manifest: Manifest) -> frozenset[str]:
-    """Canonical names that a base supplied when the source was made."""
-    text = manifest.metadata.get(BASE_KEY, "")
-    if not text or len(text) > _MAX_BASE_KEYS:
-        return frozenset()
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return frozenset()
-    if not isinstance(content, dict):
-        return frozenset()
-    return frozenset(
-        name for names in content.values() if isinstance(names, list) for name in names
-        if isinstance(name, str)
-    )
-
-
 def _withhold(
     atoms: Mapping[str, Piece], target: Layout, detection: Detection, remembered: frozenset[str]
 ) -> tuple[dict[str, Piece], dict[str, str]]:
@@ -261,7 +203,7 @@ def _withhold(
     if not target.withheld:
         return dict(atoms), {}
     embed = atoms.get(EMBED)
-    table = target.table(detection.family)
+    table = target.table(detection.family if target.rules_of else "")
     kept: dict[str, Piece] = {}
     withheld: dict[str, str] = {}
     for name, piece in atoms.items():
@@ -280,44 +222,30 @@ def _withhold(
     return kept, withheld
 
 
-def _family(detection: Detection, supplies: Sequence[Supply]) -> str:
+def _family(
+    detection: Detection,
+    supplies: Sequence[Supply],
+    mapping: MapOptions,
+    target: Layout,
+    where: str,
+) -> str:
     """The language model's family: a base's layers tell more than a partial checkpoint's keys."""
+    if not target.rules_of:
+        return ""
     for supply in supplies:
         if supply.base.kind == "language":
             return supply.detection.family
-    return detection.family
-
-
-def _unplaced(
-    names: Sequence[str], atoms: Mapping[str, Piece], target: Layout, where: str
-) -> dict[str, str]:
-    """Reasons for what the target has no place for; an error where there is none."""
-    bad = [name for name in names if not atoms[name].loss]
-    if bad:
-        sources = [escape(_source_name(atoms[name])) for name in bad]
+    if mapping.family and (not detection.families or mapping.family in detection.families):
+        return mapping.family
+    if not detection.families:
         raise CkptError(
-            f"`{target.name}` has no place for " + name_some(list(dict.fromkeys(sources))),
-            code="FC414",
-            where=where,
-            key=_source_name(atoms[bad[0]]),
-            hint="if it is not needed there, leave it out with --exclude",
-        )
-    return {name: atoms[name].loss for name in names}
-
-
-def _source_name(piece: Piece) -> str:
-    return piece.source.name if piece.source is not None else ""
-
-
-def _refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None:
-    for name, fault in faults.items():
-        raise CkptError(
-            f"`{escape(name)}` of `{target.name}` cannot be made: {fault}",
+            f"`{detection.layout.name}` does not tell the language model, and the keys of "
+            f"`{target.name}` depend on it",
             code="FC415",
             where=where,
-            key=name,
-            hint="--config tells sizes that no shape does, such as the number of heads",
+            hint="--config names the model's config.json or a preset",
         )
+    return detection.family
 
 
 def _steps(
@@ -328,9 +256,7 @@ def _steps(
     for one in tensors:
         runs = joined(one.pieces, one.name)
         first = next(piece.source for piece in one.pieces if piece.source is not None)
-        identity: tuple[object, ...] = (
-            tuple(piece.identity for piece in one.pieces), one.shape
-        )
+        identity: tuple[object, ...] = (tuple(piece.identity for piece in one.pieces), one.shape)
         further = tuple(aliases.aliases(one.canonical[0])) if aliases is not None else ()
         same = steps.get(identity)
         if same is not None and not options.untie:
@@ -368,38 +294,6 @@ def _is_same(run: TensorInfo, stored: TensorInfo) -> bool:
     )
 
 
-def _check_expected(steps: Sequence[Step], mapping: MapOptions, where: str) -> tuple[str, ...]:
-    """Compare with the model's own keys; returns those that are absent by design."""
-    there = {name: step for step in steps for name in (step.name, *step.aliases)}
-    wanted = {one.name: one.shape for one in mapping.expected}
-    for name, step in there.items():
-        shape = wanted.get(name)
-        if shape is not None and shape != step.shape:
-            raise CkptError(
-                f"`{escape(name)}` is {format_shape(step.shape)}, and the model's is "
-                f"{format_shape(shape)}",
-                code="FC205",
-                where=where,
-                key=name,
-                hint=f"the config is {mapping.where_expected}; `flamingo-ckpt diff` lists every key",
-            )
-    # a second name of a tensor that the model has is no other tensor
-    extra = [
-        step.name
-        for step in steps
-        if not any(name in wanted for name in (step.name, *step.aliases))
-    ]
-    if extra:
-        raise CkptError(
-            f"the model has no {name_some([escape(name) for name in extra])}",
-            code="FC204",
-            where=where,
-            key=extra[0],
-            hint=f"the config is {mapping.where_expected}; `flamingo-ckpt diff` lists every key",
-        )
-    return tuple(name for name in wanted if name not in there)
-
-
 def _is_partial(target: Layout, atoms: Mapping[str, Piece]) -> bool:
     """Whether a Flamingo lacks a tower, where the target layout is a whole model's."""
     groups = {group_of(name) for name in atoms}
@@ -430,26 +324,3 @@ def _withheld_findings(
         for key, names in reading.names.items()
         if any(name in HEAD and name in withheld for name in names)
     ]
-
-
-def _base_findings(supplies: Sequence[Supply], supplied: Mapping[str, str]) -> list[Finding]:
-    return [
-        Finding(
-            code="FC421",
-            severity="info",
-            detail=f"{sum(kind == supply.base.kind for kind in supplied.values())} canonical "
-            f"tensors come from --base-{supply.base.kind} ({escape(supply.base.manifest.uri)}, "
-            f"{supply.detection.title})",
-        )
-        for supply in supplies
-    ]
-
-
-def _base_metadata(supplied: Mapping[str, str], partial: bool) -> dict[str, str]:
-    metadata = {PARTIAL_KEY: "true"} if partial else {}
-    heads = [name for name in supplied if name in HEAD]
-    if supplied:
-        # The towers are always a base's; of the rest, only what a checkpoint could also hold.
-        groups = {kind: heads if kind == "language" else [] for kind in supplied.values()}
-        metadata[BASE_KEY] = json.dumps(groups, sort_keys=True)
-    return metadata

@@ -17,8 +17,10 @@ from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.mapping import assemble, read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
-from flamingo_ckpt.map_plan import Expected, MapOptions, make_map_plan
-from flamingo_ckpt.plan import Plan, PlanOptions, make_plan
+from flamingo_ckpt.map_checks import Expected
+from flamingo_ckpt.map_plan import MapOptions, make_map_plan
+from flamingo_ckpt.plan import Plan, make_plan
+from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.sides import Side, checkpoint_side, model_side
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
 from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
@@ -83,6 +85,7 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         source_layout=request.source_layout,
         rows=rows,
         dims=_dims(config),
+        family=_family(config),
         expected=_expected(config, target, rows) if request.config else (),
         where_expected=config.where if config else "",
     )
@@ -126,9 +129,7 @@ def _own_config(manifest: Manifest) -> ModelConfig | None:
         return None  # a partial model's config, or another kind's; nothing was asked of it
 
 
-def _rows(
-    manifest: Manifest, request: Request, target: Layout, config: ModelConfig | None
-) -> Rows:
+def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelConfig | None) -> Rows:
     if request.vocab_rows is not None:
         return Rows(wanted=request.vocab_rows)
     recorded = manifest.metadata.get(ROWS_KEY, "")
@@ -161,9 +162,15 @@ def _dims(config: ModelConfig | None) -> dict[str, int]:
     return {name: size for name, size in found.items() if isinstance(size, int)}
 
 
-def _expected(
-    config: ModelConfig | None, target: Layout, rows: Rows
-) -> tuple[Expected, ...]:
+def _family(config: ModelConfig | None) -> str:
+    """The language model that a config names; "" where the tables know none of that name."""
+    from flamingo_ckpt.layouts.families import FAMILIES
+
+    name = config.data.get("text_config", {}).get("model_type") if config is not None else None
+    return name if isinstance(name, str) and name in FAMILIES else ""
+
+
+def _expected(config: ModelConfig | None, target: Layout, rows: Rows) -> tuple[Expected, ...]:
     """The model's keys in the target layout, without second names and recomputed buffers."""
     if config is None:
         return ()
@@ -176,9 +183,7 @@ def _expected(
     )
 
 
-def expected_tensors(
-    config: ModelConfig, target: Layout
-) -> list[tuple[str, TensorInfo]]:
+def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, TensorInfo]]:
     """(first canonical name, key with its shape) of everything that a model has in a layout.
 
     Raises:
@@ -235,9 +240,10 @@ def _with_config(
             code="FC421",
             where=manifest.uri,
             hint="--config names its config.json or a preset, such as "
-            "--config openflamingo-3b-vitl-mpt1b; a destination that ends in .safetensors needs none",
+            "--config openflamingo-3b-vitl-mpt1b; a .safetensors file as destination needs none",
         )
-    inferred = infer_config(shapes)
+    families = plan.layout.families if plan.layout else ()
+    inferred = infer_config(shapes, family=families[0] if len(families) == 1 else None)
     content = {
         **inferred.config,
         PARTIAL_FIELD: {
@@ -317,9 +323,7 @@ def open_sides(
     configs = [read_config(uri) if uri.startswith(MODEL_PREFIX) else None for uri in (a, b)]
     told = read_config(config) if config else next((one for one in configs if one), None)
     files = [
-        None
-        if model
-        else open_checkpoint(uri, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
+        None if model else open_checkpoint(uri, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
         for uri, model in zip((a, b), configs, strict=True)
     ]
     dims = _dims(told or next((own for file in files if file and (own := _own_config(file))), None))

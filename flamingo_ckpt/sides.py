@@ -13,8 +13,9 @@ from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.mapping import Assembled, Piece, Reading, assemble, joined, read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.layouts.rules import Table
-from flamingo_ckpt.map_plan import PARTIAL_KEY
-from flamingo_ckpt.plan import PlanOptions, Step, choose_tensors
+from flamingo_ckpt.plan import Step
+from flamingo_ckpt.provenance import PARTIAL_KEY
+from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.tensors import DType, Manifest, TensorInfo
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _side(
 
 
 def views(a: Side, b: Side, dims: Mapping[str, int]) -> tuple[View, View]:
-    """Both sides under names that can be compared: B's layout where there is one, else as stored."""
+    """Both sides under comparable names: B's layout where there is one, else as stored."""
     if a.detection is None or b.detection is None or a.reading is None or b.reading is None:
         return _as_stored(a), _as_stored(b)
     if a.detection.layout.space != b.detection.layout.space:
@@ -184,7 +185,10 @@ def views(a: Side, b: Side, dims: Mapping[str, int]) -> tuple[View, View]:
     family = _family(a.detection, b.detection)
     target = b.detection.layout
     table = target.table(family if target.rules_of else "")
-    return tuple(_carried(side, table, dims) for side in (a, b))  # type: ignore[return-value]
+    known = {**a.reading.dims, **b.reading.dims, **dims}
+    ours, theirs = _carried(a, table, known), _carried(b, table, known)
+    # B's own names can always be given back; were one lost here, nobody would compare it.
+    return (_as_stored(a), _as_stored(b)) if theirs.faults else (ours, theirs)
 
 
 def _family(a: Detection, b: Detection) -> str:
@@ -212,9 +216,7 @@ def _carried(side: Side, table: Table, dims: Mapping[str, int]) -> View:
     assert reading is not None
     assembly = assemble(reading.atoms, table, dims)
     entries = {one.name: _entry(side, one) for one in assembly.tensors}
-    strangers = {
-        name: _stored_entry(side, name) for name in (*reading.unknown, *reading.bent)
-    }
+    strangers = {name: _stored_entry(side, name) for name in (*reading.unknown, *reading.bent)}
     left_out: dict[str, str] = {}
     for name in assembly.unplaced:
         piece = reading.atoms[name]
@@ -223,9 +225,7 @@ def _carried(side: Side, table: Table, dims: Mapping[str, int]) -> View:
             left_out[key] = piece.loss
         else:
             strangers[key] = _stored_entry(side, key)
-    return View(
-        entries=entries, strangers=strangers, faults=assembly.faults, left_out=left_out
-    )
+    return View(entries=entries, strangers=strangers, faults=assembly.faults, left_out=left_out)
 
 
 def _stored_entry(side: Side, name: str) -> Entry:
@@ -250,4 +250,3 @@ def _entry(side: Side, one: Assembled) -> Entry:
         canonical=one.canonical,
         pieces=one.pieces,
     )
-

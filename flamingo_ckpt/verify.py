@@ -228,7 +228,7 @@ def first_difference(
     on_bytes: OnBytes,
     stop: threading.Event,
 ) -> Difference | None:
-    """Compare what two steps derive, in blocks of whatever sizes come; None where all bits agree."""
+    """Compare what two steps derive, in blocks as they come; None where all bits agree."""
     stored = derive(stored_step, bytearray(BLOCK_BYTES), Derived())
     have = memoryview(b"")
     difference: Difference | None = None

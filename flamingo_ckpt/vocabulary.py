@@ -102,9 +102,7 @@ def fit_rows(
     )
 
 
-def _check_agreement(
-    found: Mapping[str, Assembled], supplied: frozenset[str], where: str
-) -> None:
+def _check_agreement(found: Mapping[str, Assembled], supplied: frozenset[str], where: str) -> None:
     own = {name: one for name, one in found.items() if name not in supplied}
     sizes = {one.shape[0] for one in own.values()}
     if len(sizes) > 1:

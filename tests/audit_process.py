@@ -57,7 +57,8 @@ def look(path: str) -> str:
     from flamingo_ckpt.errors import CkptError
     from flamingo_ckpt.formats import open_checkpoint
     from flamingo_ckpt.inspection import inspect, tensor_rows
-    from flamingo_ckpt.plan import PlanOptions, make_plan
+    from flamingo_ckpt.plan import make_plan
+    from flamingo_ckpt.selection import PlanOptions
 
     try:
         manifest = open_checkpoint(path)

@@ -26,24 +26,32 @@ ALLOWED: dict[str, set[str]] = {
     "tensors": {"errors"},
     "formats": GROUND,
     "layouts": GROUND,
-    "plan": GROUND | {"formats", "layouts"},
+    "plan": GROUND | {"formats", "layouts", "selection"},
     "stream": GROUND | {"formats", "layouts", "plan"},
     "write_plan": GROUND | {"formats", "layouts", "plan", ""},
     "inspection": GROUND | {"formats", "layouts"},
     "convert": GROUND | {"formats", "layouts", "plan", "stream", "write_plan", ""},
     "verify": GROUND | {"formats", "layouts", "plan", "stream"},
     "models": GROUND | {"layouts", ""},
-    "bases": GROUND | {"layouts", "plan"},
+    "selection": GROUND | {"layouts"},
     "vocabulary": GROUND | {"layouts"},
-    "map_plan": GROUND | {"layouts", "plan", "bases", "vocabulary"},
-    "prepare": GROUND | {"layouts", "plan", "bases", "vocabulary", "map_plan", "models"},
-    "diff": GROUND
-    | {"formats", "layouts", "plan", "map_plan", "stream", "models", "prepare", "verify"},
+    "bases": GROUND | {"layouts", "selection"},
+    "provenance": GROUND | {"bases", "vocabulary"},
+    "map_checks": GROUND | {"layouts", "plan", "vocabulary"},
+    "map_plan": GROUND
+    | {"layouts", "plan", "selection", "bases", "vocabulary", "provenance", "map_checks"},
+    "sides": GROUND | {"layouts", "plan", "selection", "provenance", "models"},
+    "likeness": GROUND | {"formats", "sides"},
+    "diff_bits": GROUND | {"formats", "layouts", "sides", "stream", "verify"},
+    "diff": GROUND | {"layouts", "sides", "likeness", "diff_bits"},
+    "prepare": GROUND
+    | {"formats", "layouts", "plan", "selection", "bases", "vocabulary", "map_plan", "map_checks"}
+    | {"sides", "models"},
     # the version of the tool is part of every document
     "report": GROUND | {""},
     "cli": GROUND
     | {"formats", "layouts", "plan", "stream", "write_plan", "convert", "verify", "inspection"}
-    | {"models", "report", "prepare", "bases", "diff", ""},
+    | {"models", "report", "selection", "bases", "prepare", "diff", ""},
     "": set(),
     "__main__": {"cli"},
 }

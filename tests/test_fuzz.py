@@ -20,7 +20,8 @@ from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats.opening import read_source
 from flamingo_ckpt.formats.pickle_machine import read_pickle
 from flamingo_ckpt.inspection import inspect, tensor_rows
-from flamingo_ckpt.plan import PlanOptions, make_plan
+from flamingo_ckpt.plan import make_plan
+from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.tensors import Manifest
 
 pytestmark = pytest.mark.timeout(120)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
-from flamingo_ckpt.plan import PlanOptions, make_plan
+from flamingo_ckpt.plan import make_plan
+from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.tensors import DTYPES, Manifest, Storage, TensorInfo
 from tests.support import MemorySource, cli, cli_ok, facts_at, load_torch, torch_facts
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo_ckpt.formats import extract, open_checkpoint
-from flamingo_ckpt.plan import PlanOptions, make_plan
+from flamingo_ckpt.plan import make_plan
+from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.verify import verify
 from tests.support import Outcome, cli, cli_ok, facts_at
 

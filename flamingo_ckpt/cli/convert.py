@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flamingo_ckpt.cli.options import ByteSize, describe_inputs, mapping_options, open_and_plan, verb
+from flamingo_ckpt.cli.options import (
+    ByteSize,
+    describe_inputs,
+    mapping_options,
+    open_and_plan,
+    verb,
+)
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report
 

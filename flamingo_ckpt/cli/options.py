@@ -203,7 +203,11 @@ def open_bases(chosen: Mapping[str, Any]) -> tuple[Base, ...]:
 
 
 def open_and_plan(
-    chosen: Mapping[str, Any], *, is_folder: bool = False, writes: bool = True, to: str | None = None
+    chosen: Mapping[str, Any],
+    *,
+    is_folder: bool = False,
+    writes: bool = True,
+    to: str | None = None,
 ) -> Prepared:
     """Open SRC and plan what becomes of its names, by the options of `mapping_options`.
 
@@ -214,8 +218,8 @@ def open_and_plan(
         to: layout of the destination, where no option names one.
     """
     from flamingo_ckpt.formats import open_checkpoint
-    from flamingo_ckpt.plan import PlanOptions
     from flamingo_ckpt.prepare import Request, prepare
+    from flamingo_ckpt.selection import PlanOptions
 
     manifest = open_checkpoint(
         chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
@@ -243,9 +247,14 @@ def open_and_plan(
 def describe_inputs(plan: Plan) -> tuple[dict[str, Any], ...]:
     """The `inputs[]` of a plan: its source, then its bases."""
     first = describe_input(
-        plan.source, plan.prefix, plan.layout.layout.name if plan.layout else layout_name(plan.source)
+        plan.source,
+        plan.prefix,
+        plan.layout.layout.name if plan.layout else layout_name(plan.source),
     )
-    return (first, *(describe_input(other, None, layout_name(other)) for other in plan.others.values()))
+    return (
+        first,
+        *(describe_input(other, None, layout_name(other)) for other in plan.others.values()),
+    )
 
 
 def layout_name(manifest: Manifest) -> str | None:

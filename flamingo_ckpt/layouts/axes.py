@@ -152,7 +152,9 @@ class Arrangement:
             raise ValueError(f"`{text}`: {index} must be the outermost axes")
         return cls(left, right, index)
 
-    def solve(self, shape: tuple[int, ...], known: Mapping[str, int], *, native: bool) -> dict[str, int]:
+    def solve(
+        self, shape: tuple[int, ...], known: Mapping[str, int], *, native: bool
+    ) -> dict[str, int]:
         """The size of every axis name, from a shape of one side and some sizes that are known.
 
         Raises:
@@ -166,7 +168,11 @@ class Arrangement:
             unknown = [name for name in group if name not in known]
             product = math.prod(known[name] for name in group if name in known)
             if len(unknown) > 1:
-                raise AxesError("the sizes of " + " and ".join(f"`{name}`" for name in unknown) + " are not known")
+                raise AxesError(
+                    "the sizes of "
+                    + " and ".join(f"`{name}`" for name in unknown)
+                    + " are not known"
+                )
             if not unknown and product != size:
                 raise AxesError(f"an axis of {product} wanted, {size} found")
             if product == 0 or size % product:
@@ -180,7 +186,9 @@ class Arrangement:
         groups = self.native if native else self.canonical
         return tuple(math.prod(sizes[name] for name in group) for group in groups)
 
-    def parts(self, stored: Strided, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], Strided]]:
+    def parts(
+        self, stored: Strided, sizes: Mapping[str, int]
+    ) -> Iterator[tuple[tuple[int, ...], Strided]]:
         """(index, canonical tensor) of everything in a stored one."""
         axes = _named(stored, self.native, sizes)
         for index in _indices([sizes[name] for name in self.index]):

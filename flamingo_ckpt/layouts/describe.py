@@ -71,5 +71,3 @@ def _becomes(match: Match | None) -> list[str]:
     return [
         match.canonical({name: part if name == "part" else 0 for name in index}) for part in parts
     ]
-
-

@@ -75,9 +75,7 @@ class _Candidate:
     def meaning(self) -> list[tuple[str, str] | None]:
         """What each key is taken for; equal for two layouts that differ only in other keys."""
         return [
-            None
-            if match is None
-            else (_first_canonical(match), match.rule.axes)
+            None if match is None else (_first_canonical(match), match.rule.axes)
             for match in self.matches
         ]
 
@@ -106,7 +104,8 @@ def detect(names: Iterable[str], where: str, *, among: Sequence[str] = ()) -> De
     )
     if not candidates:
         raise CkptError(
-            "no layout has any evidence in these keys: " + name_some([escape(key) for key in keys], 3),
+            "no layout has any evidence in these keys: "
+            + name_some([escape(key) for key in keys], 3),
             code="FC411",
             where=where,
             hint="`flamingo-ckpt layouts` lists what is known; --from names one",
@@ -136,7 +135,9 @@ def detect(names: Iterable[str], where: str, *, among: Sequence[str] = ()) -> De
     )
 
 
-def _candidates(splits: Sequence[_Split], layouts: Sequence[Layout], forced: bool) -> list[_Candidate]:
+def _candidates(
+    splits: Sequence[_Split], layouts: Sequence[Layout], forced: bool
+) -> list[_Candidate]:
     templates = {template for template, _ in splits}
     found: list[_Candidate] = []
     for layout in layouts:

@@ -23,7 +23,7 @@ class LanguageFamily:
     Attributes:
         name: as transformers' `model_type`, except where one type has two namings.
         title: models that people know.
-        layers: attribute path of the list of decoder layers (upstream's `decoder_layers_attr_name`).
+        layers: path of the list of decoder layers (upstream's `decoder_layers_attr_name`).
         embed: key of the input embedding.
         head: key of the output embedding as files hold it; "" where it is always the input's.
         head_read: another key of it that files are met with.
@@ -58,7 +58,9 @@ class LanguageFamily:
             *rename({prefix + self.embed: "lm.embed_tokens.weight"} | heads),
             *read,
             *rename({prefix + key: "lm." + name for key, name in self.rest.items()}),
-            *rename({layer + leaf: "lm.layers.{layer}." + _words_once(leaf) for leaf in self.leaves}),
+            *rename(
+                {layer + leaf: "lm.layers.{layer}." + _words_once(leaf) for leaf in self.leaves}
+            ),
             *dropped({layer + leaf: _ROTARY for leaf in self.buffers}),
         )
 

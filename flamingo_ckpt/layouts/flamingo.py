@@ -20,7 +20,10 @@ _WITHHELD = {
     "lm.layers": _FROZEN_LANGUAGE,
     "lm.rest": _FROZEN_LANGUAGE,
 }
-_NEW_TOKENS = "new tokens have tensors of their own there, and which rows they are elsewhere only the tokenizer says"
+_NEW_TOKENS = (
+    "new tokens have tensors of their own there, and which rows they are elsewhere only the "
+    "tokenizer says"
+)
 _OTHER_TOWER = "CLIP's text tower, which a Flamingo does not have"
 
 
@@ -135,9 +138,7 @@ def _vlm(family: LanguageFamily) -> tuple[Rule, ...]:
         *_gated(block, "ff."),
         *family.rules("lang_model.", "decoder_layer."),
         Rule(native=embed, canonical="lm.embed_added.weight", loss=_NEW_TOKENS),
-        Rule(
-            native=f"{head}additional_fc.{_P}", canonical="lm.head_added.{p}", loss=_NEW_TOKENS
-        ),
+        Rule(native=f"{head}additional_fc.{_P}", canonical="lm.head_added.{p}", loss=_NEW_TOKENS),
         *(
             ()
             if any(rule.native == "lm_head.bias" for rule in family.rules())
@@ -173,7 +174,10 @@ LAYOUTS = (
         space="flamingo",
         rules_of=_openflamingo,
         withheld=_WITHHELD,
-        absent_without=("lang_encoder.gated_cross_attn_layers.", "lang_encoder.old_decoder_blocks."),
+        absent_without=(
+            "lang_encoder.gated_cross_attn_layers.",
+            "lang_encoder.old_decoder_blocks.",
+        ),
     ),
     Layout(
         name="openflamingo-full",
@@ -188,7 +192,11 @@ LAYOUTS = (
         title="OpenFlamingo v1: the deprecated 9B on LLaMA-7B, Med-Flamingo",
         space="flamingo",
         rules_of=_openflamingo_v1,
-        sentinels=("lang_encoder.gated_cross_attn_layers.", "vision_encoder.visual.", "vision_encoder.text_model."),
+        sentinels=(
+            "lang_encoder.gated_cross_attn_layers.",
+            "vision_encoder.visual.",
+            "vision_encoder.text_model.",
+        ),
         absent_without=("lang_encoder.old_decoder_blocks.",),
         withheld=_WITHHELD,
         writes_aliases=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 from flamingo_ckpt.layouts.families import FAMILIES, LanguageFamily
 from flamingo_ckpt.layouts.rules import Rule, Table
@@ -25,6 +25,7 @@ class Layout:
         rules_of: where it does.
         sentinels: templates, one of which only this layout has; detection asks for one of them.
         absent_without: templates, none of which this layout has.
+        needs: templates of canonical names without which it is not the layout of what is written.
         withheld: group -> why a file in this layout does not hold it; only for writing.
         writes_aliases: whether a file holds every name of a tensor (the whole state dict).
         lossy: what a conversion to or from it loses; "" where it is a bijection.
@@ -40,6 +41,7 @@ class Layout:
     rules_of: RulesOf | None = None
     sentinels: tuple[str, ...] = ()
     absent_without: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     withheld: Mapping[str, str] = field(default_factory=dict)
     writes_aliases: bool = False
     lossy: str = ""
@@ -54,11 +56,11 @@ class Layout:
 
     def table(self, family: str = "") -> Table:
         """Its rules, compiled; built once."""
-        return _table(self.name, family, self.rules, self.rules_of)
+        return _table(family, self.rules, self.rules_of)
 
 
-@lru_cache(maxsize=None)
-def _table(name: str, family: str, rules: tuple[Rule, ...], rules_of: RulesOf | None) -> Table:
+@cache
+def _table(family: str, rules: tuple[Rule, ...], rules_of: RulesOf | None) -> Table:
     return Table(rules if rules_of is None else rules_of(FAMILIES[family]))
 
 

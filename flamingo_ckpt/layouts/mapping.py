@@ -15,6 +15,9 @@ from flamingo_ckpt.layouts.axes import Arrangement, AxesError, Strided
 from flamingo_ckpt.layouts.rules import Match, Place, Table, split_numbers
 from flamingo_ckpt.tensors import DType, TensorInfo, contiguous_strides
 
+#: Axes whose size only some layouts' shapes tell.
+HEAD_COUNTS = frozenset({"visionheads", "textheads", "lmheads", "kvheads"})
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -77,6 +80,7 @@ class Reading:
         unknown: keys that no rule knows.
         equal: pairs of tensors that must hold the same bits, since they are one tensor's two names.
         bent: key -> what is wrong with its shape.
+        dims: sizes that some key's shape told and that other layouts' keys do not: `visionheads`.
     """
 
     atoms: Mapping[str, Piece]
@@ -85,6 +89,7 @@ class Reading:
     unknown: tuple[str, ...]
     equal: tuple[tuple[TensorInfo, TensorInfo], ...]
     bent: Mapping[str, str]
+    dims: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,7 @@ def read_atoms(tensors: Iterable[TensorInfo], table: Table, dims: Mapping[str, i
     unknown: list[str] = []
     bent: dict[str, str] = {}
     equal: list[tuple[TensorInfo, TensorInfo]] = []
+    told: dict[str, int] = {}
     for tensor in tensors:
         match = table.match(tensor.name)
         if match is None:
@@ -149,7 +155,7 @@ def read_atoms(tensors: Iterable[TensorInfo], table: Table, dims: Mapping[str, i
             dropped[tensor.name] = match.rule.drop
             continue
         try:
-            pieces = list(_taken_apart(tensor, match, dims))
+            pieces = list(_taken_apart(tensor, match, dims, told))
         except AxesError as error:
             bent[tensor.name] = str(error)
             continue
@@ -165,11 +171,12 @@ def read_atoms(tensors: Iterable[TensorInfo], table: Table, dims: Mapping[str, i
         unknown=tuple(unknown),
         equal=tuple(dict.fromkeys(equal)),
         bent=bent,
+        dims=told,
     )
 
 
 def _taken_apart(
-    tensor: TensorInfo, match: Match, dims: Mapping[str, int]
+    tensor: TensorInfo, match: Match, dims: Mapping[str, int], told: dict[str, int]
 ) -> Iterable[tuple[str, Piece]]:
     loss = match.rule.loss
     whole = Strided.over(tensor.shape, tensor.strides or contiguous_strides(tensor.shape))
@@ -179,6 +186,7 @@ def _taken_apart(
         return
     known = {**dims, **({"part": len(match.parts)} if match.parts else {})}
     sizes = form.solve(tensor.shape, known, native=True)
+    told |= {name: size for name, size in sizes.items() if name in HEAD_COUNTS}
     for index, view in form.parts(whole, sizes):
         name = match.canonical(dict(zip(form.index, index, strict=True)))
         yield name, Piece(tensor, tensor.dtype, view, loss)

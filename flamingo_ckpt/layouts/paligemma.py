@@ -323,6 +323,7 @@ LAYOUTS = (
         space="paligemma",
         rules=_arrays(_GEMMA_2_NORMS),
         sentinels=_both(_GEMMA_2_EVIDENCE),
+        needs=("lm.layers.#.pre_feedforward_layernorm.weight",),
     ),
     Layout(
         name="paligemma-peft",

@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Mapping
 
 from flamingo_ckpt.errors import CkptError
-from flamingo_ckpt.layouts import clip, flamingo, language, paligemma, siglip, timm_clip
+from flamingo_ckpt.layouts import clip, flamingo, foreign, language, paligemma, siglip, timm_clip
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.tensors import escape
 
 #: In the order in which `flamingo-ckpt layouts` lists them.
 LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout
-    for module in (flamingo, clip, siglip, timm_clip, paligemma, language)
+    for module in (flamingo, clip, siglip, timm_clip, paligemma, language, foreign)
     for layout in module.LAYOUTS
 }
 
@@ -22,7 +22,7 @@ def layout_named(name: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        CkptError: FC401 where there is none.
+        CkptError: FC410 where there is none.
     """
     layout = LAYOUTS.get(name)
     if layout is None:

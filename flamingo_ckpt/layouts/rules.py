@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from flamingo_ckpt.layouts.axes import Arrangement
@@ -167,10 +167,7 @@ class Table:
             if values is None:
                 continue
             index = entry.arrangement.index if entry.arrangement else ()
-            at = {
-                name: entry.part if name == "part" else int(values[name])
-                for name in index
-            }
+            at = {name: entry.part if name == "part" else int(values[name]) for name in index}
             yield Place(
                 _render_native(entry.rule.native, values),
                 entry.rule,
@@ -207,7 +204,7 @@ def _expand(rule: Rule, pattern: str, *, side: str) -> Iterator[tuple[str, _Entr
     for chosen in itertools.product(*(_words(specs[name], side) for name in names)):
         here = dict(zip(names, (text for text, _ in chosen), strict=True))
         there = dict(zip(names, (text for _, text in chosen), strict=True))
-        text = _CAPTURE.sub(lambda match, here=here: here.get(match[1], "\0" + match[1] + "\0"), pattern)
+        text = _written_out(pattern, here)
         template, numbers = _template(text)
         yield (
             template,
@@ -221,6 +218,11 @@ def _expand(rule: Rule, pattern: str, *, side: str) -> Iterator[tuple[str, _Entr
                 parts.index(here["part"]) if "part" in here else 0,
             ),
         )
+
+
+def _written_out(pattern: str, words: Mapping[str, str]) -> str:
+    """The pattern with its words; what is left are numbers, marked for `_template`."""
+    return _CAPTURE.sub(lambda match: words.get(match[1], f"\0{match[1]}\0"), pattern)
 
 
 def _template(text: str) -> tuple[str, tuple[str, ...]]:
@@ -283,13 +285,11 @@ def prefixed(
 ) -> tuple[Rule, ...]:
     """The same rules one level further down, on either side."""
     return tuple(
-        Rule(
+        replace(
+            rule,
             native=native + rule.native,
             canonical=canonical + rule.canonical if rule.canonical else "",
-            axes=rule.axes,
             mode=mode or rule.mode,
-            drop=rule.drop,
-            loss=rule.loss,
         )
         for rule in rules
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +53,7 @@ def construct(config: ModelConfig, layout: str) -> tuple[ExpectedTensor, ...]:
         import_torchvision()
         import torch
 
-        with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the libraries, about their own defaults
+        with _quiet_libraries(), torch.device("meta"), torch.no_grad():
             built = _BUILDERS[layout](config, layout)
     except CkptError as error:
         raise error.at(config.where) from None
@@ -70,6 +71,20 @@ def construct(config: ModelConfig, layout: str) -> tuple[ExpectedTensor, ...]:
             where=config.where,
         ) from error
     return tuple(_read(built, config_dtype(config.data)))
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No advice of the libraries about their own defaults: nobody here chose them."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

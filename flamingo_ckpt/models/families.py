@@ -174,10 +174,7 @@ def check_language(text: Fields, family: Family | None) -> int | None:
     """
     text.flag("tie_word_embeddings")
     if family is None:
-        names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        given = [text.optional(name, high=MAX_LAYERS) for name in names]
-        text.optional("vocab_size", high=MAX_ROWS)
-        return next((number for number in given if number is not None), None)
+        return _check_by_hand(text)
     width = text.integer(family.hidden_size)
     layers = text.integer(family.num_layers, high=MAX_LAYERS)
     heads = text.integer(family.num_heads, high=MAX_HEADS)
@@ -188,6 +185,20 @@ def check_language(text: Fields, family: Family | None) -> int | None:
         text.divisible(family.hidden_size, width, family.num_heads, heads)
     _check_optional(text, family, heads)
     return layers
+
+
+def _check_by_hand(text: Fields) -> int | None:
+    """Bound what makes a class of transformers build many modules, whatever it calls them."""
+    for name, value in text.data.items():
+        counts_modules = any(word in name for word in ("layer", "expert", "depth", "block"))
+        if name.endswith(("size", "dim", "id")):
+            continue  # of a layer, and no number of layers
+        if counts_modules and isinstance(value, int) and not isinstance(value, bool):
+            text.integer(name, low=-MAX_LAYERS, high=MAX_LAYERS)
+    text.optional("vocab_size", high=MAX_ROWS)
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    given = [text.optional(name, high=MAX_LAYERS) for name in names]
+    return next((number for number in given if number is not None), None)
 
 
 def _check_optional(text: Fields, family: Family, heads: int) -> None:

@@ -50,7 +50,9 @@ def render_diff(report: Report, *, verbose: bool) -> list[str]:
     lines += [
         f"warning {one.code}  {one.detail}" for one in report.findings if one.severity == "warning"
     ]
-    counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in summary.items() if number)
+    counts = ", ".join(
+        f"{number} {name.replace('_', ' ')}" for name, number in summary.items() if number
+    )
     compared = {"keys": "names", "headers": "names, dtypes and shapes", "bits": "bits"}
     told = compared[report.extra["level"]]
     lines.append(
@@ -80,7 +82,9 @@ def _folded(group: Iterable[Finding], verbose: bool) -> list[str]:
     rows = fold([(one.key or "", _after_key(one)) for one in group])
     shown = rows if verbose else rows[:_MAX_ROWS]
     lines = [
-        f"  {escape(row.pattern())}" + (f"  x{row.count}" if row.count > 1 else "") + f"  {row.facts}"
+        f"  {escape(row.pattern())}"
+        + (f"  x{row.count}" if row.count > 1 else "")
+        + f"  {row.facts}"
         for row in shown
     ]
     if len(rows) > len(shown):

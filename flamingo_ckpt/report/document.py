@@ -40,9 +40,7 @@ class Report:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def describe_input(
-    manifest: Manifest, prefix: str | None, layout: str | None
-) -> dict[str, Any]:
+def describe_input(manifest: Manifest, prefix: str | None, layout: str | None) -> dict[str, Any]:
     """The `inputs[]` entry of a manifest; `layout` is None where its keys show none."""
     return {
         "uri": manifest.uri,

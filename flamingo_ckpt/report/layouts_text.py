@@ -16,7 +16,9 @@ def render_layouts(report: Report) -> list[str]:
     lines: list[str] = []
     for space in dict.fromkeys(one["space"] for one in layouts):
         lines += [space, *(_layout(one) for one in layouts if one["space"] == space), ""]
-    lines.append("Any layout is converted to any other of its group; `layouts NAME` prints the rules.")
+    lines.append(
+        "Any layout is converted to any other of its group; `layouts NAME` prints the rules."
+    )
     return lines
 
 
@@ -39,10 +41,13 @@ def _rules(layout: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> lis
     width = min(max((len(rule["example"]) for rule in rules), default=0), 78)
     for rule in rules:
         becomes = ", ".join(rule["becomes"]) or f"left out: {rule['reason']}"
-        transform = rule["axes"] or ("" if rule["transform"] in ("rename", "drop") else rule["transform"])
+        transform = rule["axes"] or (
+            "" if rule["transform"] in ("rename", "drop") else rule["transform"]
+        )
         models = f"  [{', '.join(rule['language_models'])}]" if rule["language_models"] else ""
         lines.append(f"  {rule['key']}{models}")
         lines.append(
-            f"      {rule['example'].ljust(width)}  ->  {becomes}" + (f"   ({transform})" if transform else "")
+            f"      {rule['example'].ljust(width)}  ->  {becomes}"
+            + (f"   ({transform})" if transform else "")
         )
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flamingo_ckpt.layouts.detect import detect
 from flamingo_ckpt.layouts.mapping import assemble
 from flamingo_ckpt.layouts.siglip import LAYOUTS
 from tests.layouts.carry import assert_same_bits, carry, read
@@ -90,6 +91,13 @@ def test_a_missing_layer_leaves_a_hole_that_is_refused(zoo):
     assert made.faults == {
         "params/img/Transformer/encoderblock/LayerNorm_0/scale": "10 of its 11 parts are there"
     }
+
+
+def test_the_layout_is_found_by_its_keys(zoo):
+    files = [zoo.npz(stacked=stacked, prefix=root) for stacked, root in VARIANTS]
+    for state, wanted in (*((one, BIG_VISION) for one in files), (zoo.state, OPEN_CLIP)):
+        found = detect(state, "file")
+        assert (found.layout.name, found.num_fit) == (wanted.name, len(state))
 
 
 def test_paligemma_arrays_give_no_evidence_of_siglip():

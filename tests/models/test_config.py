@@ -139,10 +139,23 @@ def test_plain_language_models(key: str) -> None:
 
 
 def test_a_family_named_by_hand_needs_no_table() -> None:
-    text = {"model_type": "gpt2", "n_layer": 4}
+    text = {"model_type": "gpt2", "n_layer": 4, "block_size": 2048}
     mapping = flamingo() | {"text_config": text, "decoder_layers_attr_name": "transformer.h"}
     assert parse(mapping).kind == "flamingo"
     assert parse(text | {"decoder_layers_attr_name": "transformer.h"}).kind == "language"
+
+
+@pytest.mark.parametrize("field", ["n_layer", "num_local_experts", "encoder_layers"])
+def test_a_family_named_by_hand_is_bounded_too(field: str) -> None:
+    text = {"model_type": "gpt2", field: 10**8}
+    mapping = flamingo() | {"text_config": text, "decoder_layers_attr_name": "transformer.h"}
+    refused(mapping, "FC401", f"text_config.{field}")
+
+
+def test_an_interval_longer_than_a_family_named_by_hand() -> None:
+    text = {"model_type": "gpt2", "n_layer": 3}
+    mapping = flamingo() | {"text_config": text, "decoder_layers_attr_name": "transformer.h"}
+    refused(mapping, "FC402", "3 layers")
 
 
 # -- what is refused -------------------------------------------------------------------------------

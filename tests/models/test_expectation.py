@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.models.clip_config import open_clip_vision
 from flamingo_ckpt.models.config import ModelConfig, parse_config
 from flamingo_ckpt.models.expectation import ALIAS_TREES, Expectation, ExpectedTensor, expect
 from tests import zoo
@@ -218,15 +219,14 @@ def test_clip_vision_tower_under_the_names_that_every_version_reads() -> None:
     assert expected_shapes(expect(config(projected)).tensors) == shapes(made.hf_vision_projection)
 
 
-def test_a_width_of_mlp_that_no_ratio_gives_exactly() -> None:
-    """1 / 3 of a width and its like must not come out one short."""
-    mapping = zoo.clip().config
-    for mlp in range(1, 140):
-        mapping["vision_config"] = mapping["vision_config"] | {"intermediate_size": mlp}
-        from flamingo_ckpt.models.clip_config import open_clip_config
-
-        tower = open_clip_config(config(mapping).data)["vision_cfg"]
-        assert int(tower["width"] * tower["mlp_ratio"]) == mlp
+def test_a_width_of_mlp_that_its_ratio_falls_short_of() -> None:
+    """open_clip cuts width * ratio to a whole number, and mlp / width * width may be just below."""
+    vision = zoo.clip().config["vision_config"] | {"num_attention_heads": 1}
+    sizes = [(width, mlp) for width in range(1, 120) for mlp in range(1, 120)]
+    assert any(int(width * (mlp / width)) != mlp for width, mlp in sizes)
+    for width, mlp in sizes:
+        tower = open_clip_vision(vision | {"hidden_size": width, "intermediate_size": mlp})
+        assert int(width * tower["mlp_ratio"]) == mlp
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -1,0 +1,167 @@
+"""What a conversion to another layout refuses, each with the key and the way on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flamingo_ckpt.errors import CkptError, name_some
+from flamingo_ckpt.layouts.detect import Detection
+from flamingo_ckpt.layouts.layout import Layout
+from flamingo_ckpt.layouts.mapping import Piece
+from flamingo_ckpt.layouts.rules import split_numbers
+from flamingo_ckpt.plan import Step
+from flamingo_ckpt.tensors import escape, format_shape
+from flamingo_ckpt.vocabulary import EMBED, HEAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """One key of the model that the destination should hold."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def check_interchangeable(source: Layout, target: Layout, where: str) -> None:
+    """Raise FC416 where no conversion between two layouts exists, with the reason."""
+    reason, hint = "", "`flamingo-ckpt layouts` lists what can be converted to what"
+    for layout in (source, target):
+        if layout.refused:
+            reason = (
+                f"`{layout.name}` is not interchangeable with any other layout: {layout.refused}"
+            )
+    if not reason and source.space != target.space:
+        reason = (
+            f"`{source.name}` names the tensors of a {source.space} model, "
+            f"`{target.name}` those of a {target.space} model"
+        )
+    if not reason and target.read_only and source is not target:
+        reason = f"`{target.name}` is read and never written: {target.read_only}"
+    if reason:
+        raise CkptError(reason, code="FC416", where=where, hint=hint)
+
+
+def unknown_keys(detection: Detection, where: str) -> CkptError:
+    """The refusal of keys that no rule knows; says so where another layout knows them."""
+    if detection.elsewhere is not None:
+        other, names = detection.elsewhere
+        return CkptError(
+            f"{detection.num_fit} of {detection.num_keys} keys are `{detection.title}`, and "
+            f"{len(names)} are `{other}`: " + name_some([escape(name) for name in names]),
+            code="FC417",
+            where=where,
+            key=names[0],
+            hint="the file holds two namings; take one apart with --include or --exclude",
+        )
+    names = detection.unknown
+    return CkptError(
+        f"{len(names)} of {detection.num_keys} keys fit no rule of `{detection.title}`: "
+        + name_some([escape(name) for name in names]),
+        code="FC413",
+        where=where,
+        key=names[0],
+        hint=f"`flamingo-ckpt layouts {detection.layout.name}` prints its rules; leave keys out "
+        "with --exclude",
+    )
+
+
+def check_needs(atoms: Mapping[str, Piece], target: Layout, where: str) -> None:
+    """Raise FC414 where a source lacks what only another generation of the model lacks."""
+    templates = {split_numbers(name)[0] for name in atoms}
+    lacking = [template for template in target.needs if template not in templates]
+    if lacking:
+        raise CkptError(
+            f"the source has no `{lacking[0].replace('#', '*')}`, which `{target.name}` is made "
+            "for: it is another generation of the model",
+            code="FC414",
+            where=where,
+            hint="`flamingo-ckpt layouts` lists its relatives",
+        )
+
+
+def unplaced_reasons(
+    names: Sequence[str], atoms: Mapping[str, Piece], target: Layout, where: str
+) -> dict[str, str]:
+    """Reasons for what the target has no place for; an error where there is none."""
+    embed = atoms.get(EMBED)
+    tied = [
+        name
+        for name in names
+        if name in HEAD and embed is not None and atoms[name].identity == embed.identity
+    ]
+    bad = [name for name in names if not atoms[name].loss and name not in tied]
+    if bad:
+        sources = [escape(_source_name(atoms[name])) for name in bad]
+        raise CkptError(
+            f"`{target.name}` has no place for " + name_some(list(dict.fromkeys(sources))),
+            code="FC414",
+            where=where,
+            key=_source_name(atoms[bad[0]]),
+            hint="if it is not needed there, leave it out with --exclude",
+        )
+    return {
+        name: atoms[name].loss or "the output embedding is the input embedding" for name in names
+    }
+
+
+def _source_name(piece: Piece) -> str:
+    return piece.source.name if piece.source is not None else ""
+
+
+def refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None:
+    """Raise FC415 for a tensor that cannot be put together."""
+    for name, fault in faults.items():
+        raise CkptError(
+            f"`{escape(name)}` of `{target.name}` cannot be made: {fault}",
+            code="FC415",
+            where=where,
+            key=name,
+            hint="--config tells sizes that no shape does, such as the number of heads",
+        )
+
+
+def check_expected(
+    steps: Sequence[Step], expected: Sequence[Expected], told_by: str, where: str
+) -> tuple[str, ...]:
+    """Compare with the model's own keys; returns those that are absent by design.
+
+    Args:
+        steps: of the destination.
+        expected: the model's keys; empty where no config was given.
+        told_by: the config, for messages.
+        where: the source, for messages.
+
+    Raises:
+        CkptError: FC204 a key that the model lacks, FC205 a shape that is not the model's.
+    """
+    if not expected:
+        return ()
+    there = {name: step for step in steps for name in (step.name, *step.aliases)}
+    wanted = {one.name: one.shape for one in expected}
+    for name, step in there.items():
+        shape = wanted.get(name)
+        if shape is not None and shape != step.shape:
+            raise CkptError(
+                f"`{escape(name)}` is {format_shape(step.shape)}, and the model's is "
+                f"{format_shape(shape)}",
+                code="FC205",
+                where=where,
+                key=name,
+                hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
+            )
+    # a second name of a tensor that the model has is no other tensor
+    extra = [
+        step.name
+        for step in steps
+        if not any(name in wanted for name in (step.name, *step.aliases))
+    ]
+    if extra:
+        raise CkptError(
+            f"the model has no {name_some([escape(name) for name in extra])}",
+            code="FC204",
+            where=where,
+            key=extra[0],
+            hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
+        )
+    return tuple(name for name in wanted if name not in there)

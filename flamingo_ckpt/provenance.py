@@ -1,0 +1,67 @@
+"""What a converted file remembers: what came from a base, and what it lacks.
+
+Kept in the metadata of safetensors, so that the way back gives the file that was there before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from flamingo_ckpt.bases import Supply
+from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.tensors import Manifest, escape
+from flamingo_ckpt.vocabulary import HEAD
+
+#: Metadata of a converted file: which canonical tensors came from a base, by the base's kind.
+BASE_KEY = "flamingo_ckpt.base"
+
+#: Metadata: the file lacks what only a base has.
+PARTIAL_KEY = "flamingo_ckpt.partial"
+
+_MAX_BASE_KEYS = 1 << 20
+
+
+def supplied_before(manifest: Manifest) -> frozenset[str]:
+    """Canonical names that a base supplied when the source was made."""
+    text = manifest.metadata.get(BASE_KEY, "")
+    if not text or len(text) > _MAX_BASE_KEYS:
+        return frozenset()
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return frozenset()
+    if not isinstance(content, dict):
+        return frozenset()
+    return frozenset(
+        name
+        for names in content.values()
+        if isinstance(names, list)
+        for name in names
+        if isinstance(name, str)
+    )
+
+
+def base_metadata(supplied: Mapping[str, str], partial: bool) -> dict[str, str]:
+    """The metadata of a conversion: what bases supplied (name -> kind), and whether it is whole."""
+    metadata = {PARTIAL_KEY: "true"} if partial else {}
+    heads = [name for name in supplied if name in HEAD]
+    if supplied:
+        # The towers are always a base's; of the rest, only what a checkpoint could also hold.
+        groups = {kind: heads if kind == "language" else [] for kind in supplied.values()}
+        metadata[BASE_KEY] = json.dumps(groups, sort_keys=True)
+    return metadata
+
+
+def base_findings(supplies: Sequence[Supply], supplied: Mapping[str, str]) -> list[Finding]:
+    """How much came from each base."""
+    return [
+        Finding(
+            code="FC421",
+            severity="info",
+            detail=f"{sum(kind == supply.base.kind for kind in supplied.values())} canonical "
+            f"tensors come from --base-{supply.base.kind} ({escape(supply.base.manifest.uri)}, "
+            f"{supply.detection.title})",
+        )
+        for supply in supplies
+    ]
