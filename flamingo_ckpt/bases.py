@@ -22,6 +22,7 @@ _SPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "open_clip",
             "open_clip-custom",
+            "open_clip-visual",
             "hf-clip",
             "timm-clip",
             "openflamingo-full",

@@ -6,29 +6,18 @@ is the same, changed, missing, unexpected, probably renamed, or absent by design
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flamingo_ckpt import diff_findings as tell
+from flamingo_ckpt.diff_names import lost_names
 from flamingo_ckpt.errors import CkptError, Finding
-from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.likeness import Pair, find_renamed
-from flamingo_ckpt.sides import Entry, Side, View, views
-from flamingo_ckpt.tensors import escape, format_shape
+from flamingo_ckpt.sides import Entry, Side, View, are_comparable, have_one_family, views
 
 #: What is compared: names; also dtype and shape; also the bits.
 LEVELS = ("keys", "headers", "bits")
-#: Canonical name -> what its rows are: tensors that a loader can resize.
-RESIZABLE: Mapping[str, str] = {
-    "vision.position_embedding.weight": "position embedding",
-    "text.position_embedding.weight": "position embedding",
-    "lm.embed_positions.weight": "position embedding",
-    "lm.embed_tokens.weight": "vocabulary",
-    "lm.head.weight": "vocabulary",
-    "lm.head.bias": "vocabulary",
-    "text.token_embedding.weight": "vocabulary",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +26,7 @@ class DiffResult:
 
     Attributes:
         same: names that both sides have alike, in B's words.
-        changed: of another shape, dtype or content.
+        changed: of another shape, dtype or content, in B's words.
         renamed: pairs (A's key, B's key) that are probably one tensor.
         missing: B has it and A lacks it.
         unexpected: A has it and B does not.
@@ -66,14 +55,15 @@ class DiffResult:
 
 @dataclass(slots=True)
 class _Sorted:
-    """The keys while they are being sorted."""
+    """The keys while they are being sorted; `notes` are about keys that are no difference."""
 
     both: list[tuple[str, Entry, Entry]] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
     missing: dict[str, Entry] = field(default_factory=dict)
     unexpected: dict[str, Entry] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    nameless: set[str] = field(default_factory=set)
+    notes: list[Finding] = field(default_factory=list)
 
 
 def diff(
@@ -95,41 +85,43 @@ def diff(
     ours, theirs = views(a, b, dims or {})
     found = _Sorted()
     _sort(ours, theirs, a, b, found)
-    _compare_headers(found, level)
-    pairs = find_renamed(found.unexpected, found.missing, reads=_can_read(a, b, level))
-    for pair in pairs:
-        del found.unexpected[pair.ours], found.missing[pair.theirs]
-    changed = {name for name in found.changed}
-    same = [name for name, _, _ in found.both if name not in changed]
     if level == "bits":
-        from flamingo_ckpt.diff_bits import compare_bits
-
-        different = compare_bits(a, b, [one for one in found.both if one[0] in set(same)])
-        found.findings += [finding for group in different.values() for finding in group]
-        changed |= different.keys()
-        same = [name for name in same if name not in changed]
-    found.findings += [
-        *_twins(a, level),
-        *_interval(a, b),
-        *(_renamed(pair) for pair in pairs),
-        *_missing(found.missing, ours, b),
-        *_unexpected(found.unexpected, b),
-        *_absent(found.absent, a, b),
-        *_left_out(ours, a, b),
-        *_left_out(theirs, b, a),
-    ]
+        _meet_copies(ours, theirs, found)
+    _pair(ours, theirs, a, b, level, found)
+    different = _compare(a, b, level, found)
+    changed = [name for name, _, _ in found.both if name in different]
     return DiffResult(
-        same=tuple(same),
-        changed=tuple(sorted(changed)),
-        renamed=tuple((pair.our_key, pair.their_key) for pair in pairs),
-        missing=tuple(entry.key for entry in found.missing.values()),
-        unexpected=tuple(entry.key for entry in found.unexpected.values()),
+        same=tuple(
+            name
+            for name, _, _ in found.both
+            if name not in different and name not in found.nameless
+        ),
+        changed=tuple(changed),
+        renamed=tuple((pair.our_key, pair.their_key) for pair in found.pairs),
+        missing=_keys(found.missing),
+        unexpected=_keys(found.unexpected),
         expected_absent=found.absent,
         level=level,
         a=a,
         b=b,
-        findings=tuple(found.findings),
+        findings=(
+            *tell.headlines(a, b),
+            *tell.twins(a, b, level),
+            *(finding for name in changed for finding in different[name]),
+            *(tell.renamed(pair) for pair in found.pairs),
+            *tell.missing(found.missing, ours, a, b, found.nameless),
+            *tell.unexpected(found.unexpected, a, b),
+            *found.notes,
+            *tell.absent(found.absent),
+            *tell.left_out(ours, a, b),
+            *tell.left_out(theirs, b, a),
+            *tell.dropped(a, b),
+        ),
     )
+
+
+def _keys(entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key for entry in entries.values() for key in entry.keys))
 
 
 def _check_sides(a: Side, b: Side, level: str) -> None:
@@ -149,56 +141,87 @@ def _check_sides(a: Side, b: Side, level: str) -> None:
             )
 
 
-def _can_read(a: Side, b: Side, level: str) -> bool:
-    return level != "keys" and not a.is_model and not b.is_model
-
-
 def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
     for name, entry in theirs.entries.items():
-        mine = ours.entries.get(name)
+        mine = ours.entries.get(name) or ours.tied.get(name)
         if mine is not None:
             found.both.append((name, mine, entry))
-        elif _is_tied(name, entry, ours, theirs):
-            continue
-        elif name not in ours.faults and (base := _base(a, entry)):
-            found.absent[entry.key] = base
-        else:
-            found.missing[name] = entry
-    for name, entry in ours.entries.items():
-        if name in theirs.entries or _is_tied(name, entry, theirs, ours):
-            continue
-        if base := _base(b, entry):
-            found.absent[entry.key] = base
-        else:
-            found.unexpected[name] = entry
+    _sort_rest(theirs, ours, a, "B", found.missing, found)
+    _sort_rest(ours, theirs, b, "A", found.unexpected, found)
+    for name in ours.strangers.keys() & theirs.strangers.keys():
+        found.both.append((name, ours.strangers[name], theirs.strangers[name]))
     for name, entry in ours.strangers.items():
-        _meet_stranger(name, entry, found.missing, found.unexpected, found)
+        if name in theirs.strangers:
+            continue
+        other = found.missing.pop(name, None)
+        if other is None:
+            found.unexpected[name] = entry
+        else:
+            # its shape fits no rule of its layout, so it is compared by its name
+            found.both.append((name, entry, other))
     for name, entry in theirs.strangers.items():
-        found.missing.setdefault(name, entry)
+        if name in ours.strangers:
+            continue
+        mine = found.unexpected.pop(name, None)
+        if mine is None:
+            found.missing[name] = entry
+        else:
+            found.both.append((name, mine, entry))
+    for name, key, is_lost in lost_names(a, b):
+        _lose(name, key, is_lost, ours, theirs, found)
 
 
-def _meet_stranger(
-    name: str, entry: Entry, missing: dict[str, Entry], unexpected: dict[str, Entry], found: _Sorted
+def _sort_rest(
+    here: View, there: View, lacking: Side, label: str, rest: dict[str, Entry], found: _Sorted
 ) -> None:
-    """A key that no rule takes, or whose shape its rule cannot: compare it by its name."""
-    other = missing.pop(name, None)
-    if other is None:
-        unexpected[name] = entry
-    else:
-        found.both.append((name, entry, other))
+    """Sort what one side has and the other lacks; `label` names the one that has it."""
+    known = {entry.identity: entry for name, entry in here.entries.items() if name in there.entries}
+    for name, entry in here.entries.items():
+        if name in there.entries or name in there.tied and label == "B":
+            continue
+        twin = known.get(entry.identity) if entry.identity is not None else None
+        if name in there.tied:
+            found.both.append((name, entry, there.tied[name]))
+        elif twin is not None:
+            found.notes.append(tell.tied(entry, twin, label))
+        elif loss := _loss(entry, lacking):
+            found.notes.append(tell.no_place(entry, lacking, loss))
+        elif name not in there.faults and (base := _base(lacking, entry)):
+            found.absent |= dict.fromkeys(entry.keys, base)
+        else:
+            rest[name] = entry
+    for name, fault in here.faults.items():
+        if name in there.faults:
+            continue  # both sides tell their parts below, under the names that these have
+        if name not in there.entries:
+            rest |= fault.parts
+    for name in here.faults.keys() & there.faults.keys():
+        _meet_parts(here.faults[name].parts, there.faults[name].parts, label, rest, found)
 
 
-def _is_tied(name: str, entry: Entry, here: View, there: View) -> bool:
-    """Whether a name that one side lacks is a second name of a tensor that it has."""
-    del name
-    identity = entry.step.source.identity
-    if entry.step.source.storage is None:
-        return False
-    return any(
-        other.step.source.identity == identity and key in here.entries
-        for key, other in there.entries.items()
-        if other is not entry
-    )
+def _meet_parts(
+    here: Mapping[str, Entry],
+    there: Mapping[str, Entry],
+    label: str,
+    rest: dict[str, Entry],
+    found: _Sorted,
+) -> None:
+    """Compare by their own names what neither side can put together."""
+    for name, entry in here.items():
+        if name not in there:
+            rest[name] = entry
+        elif label == "B":
+            found.both.append((name, there[name], entry))
+
+
+def _loss(entry: Entry, lacking: Side) -> str:
+    """Why a layout may lack an entry for which it has no place; "" where it has one."""
+    table = lacking.table
+    if table is None or not entry.pieces:
+        return ""
+    losses = {piece.loss for piece in entry.pieces}
+    has_place = any(table.place(name) is not None for name in entry.canonical)
+    return "" if has_place or len(losses) != 1 else losses.pop()
 
 
 def _base(side: Side, entry: Entry) -> str:
@@ -207,198 +230,89 @@ def _base(side: Side, entry: Entry) -> str:
     return bases.pop() if len(bases) == 1 else ""
 
 
-def _compare_headers(found: _Sorted, level: str) -> None:
-    if level == "keys":
-        return
-    for name, mine, other in found.both:
-        finding = _header_finding(mine, other)
-        if finding is not None:
-            found.changed.append(name)
-            found.findings.append(finding)
-
-
-def _header_finding(mine: Entry, other: Entry) -> Finding | None:
-    key = escape(mine.key)
-    data = {
-        "other_key": other.key,
-        "dtype": [mine.dtype.name, other.dtype.name],
-        "shape": [list(mine.shape), list(other.shape)],
-    }
-    if mine.shape != other.shape:
-        code, detail, hint = _shape_difference(mine, other)
-        return Finding(
-            code=code,
-            severity="error",
-            key=mine.key,
-            detail=f"`{key}`: {detail}",
-            hint=hint,
-            data=data,
-        )
-    if mine.dtype is not other.dtype:
-        return Finding(
-            code="FC206",
-            severity="error",
-            key=mine.key,
-            detail=f"`{key}`: {mine.dtype} here, {other.dtype} there",
-            data=data,
-        )
-    return None
-
-
-def _shape_difference(mine: Entry, other: Entry) -> tuple[str, str, str | None]:
-    here, there = format_shape(mine.shape), format_shape(other.shape)
-    what = RESIZABLE.get(mine.canonical[0]) if mine.canonical else None
-    if what and mine.shape[1:] == other.shape[1:] and mine.shape:
-        change = other.shape[0] - mine.shape[0]
-        grids = _grids(mine, other) if what == "position embedding" else ""
-        hint = (
-            f"--vocab-rows {other.shape[0]} pads or cuts it"
-            if what == "vocabulary" and mine.canonical[0].startswith("lm.")
-            else None
-        )
-        return (
-            "FC216",
-            f"{what} of {mine.shape[0]} rows, {other.shape[0]} there: {change:+d}{grids}",
-            hint,
-        )
-    if mine.shape == other.shape[::-1]:
-        return "FC205", f"{here} here, {there} there: transposed", None
-    if math.prod(mine.shape) == math.prod(other.shape):
-        return "FC205", f"{here} here, {there} there: as many elements in another shape", None
-    return "FC205", f"{here} here, {there} there", None
-
-
-def _grids(mine: Entry, other: Entry) -> str:
-    """`, a grid of 16x16 and of 24x24`, where both are a square and a class token or none."""
-    told: list[str] = []
-    for rows in (mine.shape[0], other.shape[0]):
-        sides = [
-            math.isqrt(rows - extra)
-            for extra in (1, 0)
-            if math.isqrt(rows - extra) ** 2 == rows - extra
-        ]
-        if not sides or not mine.canonical[0].startswith("vision."):
-            return ""
-        told.append(f"{sides[0]}x{sides[0]}")
-    return f", a grid of {told[0]} and of {told[1]}"
-
-
-def _renamed(pair: Pair) -> Finding:
-    return Finding(
-        code="FC214",
-        severity="error",
-        key=pair.our_key,
-        detail=f"`{escape(pair.our_key)}` is probably `{escape(pair.their_key)}`: {pair.why}",
-        data={"other_key": pair.their_key, "evidence": pair.why},
+def _lose(
+    name: str, key: str, is_lost: bool, ours: View, theirs: View, found: _Sorted
+) -> None:
+    """A name that one side lacks although it has the tensor under another."""
+    view = ours if is_lost else theirs
+    entry = next(
+        (one for one in view.entries.values() if key in one.keys), None
     )
-
-
-def _missing(names: Mapping[str, Entry], ours: View, b: Side) -> Iterable[Finding]:
-    for name, entry in names.items():
-        fault = ours.faults.get(name)
-        there = "the model" if b.is_model else "B"
-        yield Finding(
-            code="FC203",
-            severity="error",
-            key=entry.key,
-            detail=f"`{escape(entry.key)}` ({entry.describe()}) is in {there} and not in A"
-            + (f": {fault}" if fault else ""),
-        )
-
-
-def _unexpected(names: Mapping[str, Entry], b: Side) -> Iterable[Finding]:
-    for entry in names.values():
-        there = "the model has no place for it" if b.is_model else "not in B"
-        yield Finding(
-            code="FC204",
-            severity="error",
-            key=entry.key,
-            detail=f"`{escape(entry.key)}` ({entry.describe()}) is in A, and {there}"
-            if b.is_model
-            else f"`{escape(entry.key)}` ({entry.describe()}) is in A and {there}",
-        )
-
-
-def _absent(names: Mapping[str, str], a: Side, b: Side) -> Iterable[Finding]:
-    del a, b
-    for key, base in names.items():
-        yield Finding(
-            code="FC215",
-            severity="info",
-            key=key,
-            detail=f"`{escape(key)}` is absent by design: the {base} base supplies it",
-            data={"base": base},
-        )
-
-
-def _left_out(view: View, holder: Side, other: Side) -> Iterable[Finding]:
-    layout = other.detection.layout.name if other.detection else ""
-    for key, reason in view.left_out.items():
-        yield Finding(
-            code="FC209",
-            severity="info",
-            key=key,
-            detail=f"`{escape(key)}` has no place in `{layout}`: {reason}",
-            data={"in": holder.uri},
-        )
-
-
-def _twins(a: Side, level: str) -> Iterable[Finding]:
-    """Two names of one tensor that are not equal: a loader takes one of them, and which is luck."""
-    if a.reading is None:
+    if entry is None:
         return
-    for first, second in a.reading.equal:
-        differs = first.dtype is not second.dtype or first.shape != second.shape
-        if not differs and level == "bits":
-            from flamingo_ckpt.diff_bits import digest_of
+    stored = Entry(
+        keys=(name,),
+        dtype=entry.dtype,
+        shape=entry.shape,
+        step=entry.step,
+        why=f"only its other name `{key}` is",
+    )
+    (found.missing if is_lost else found.unexpected).setdefault(name, stored)
+    found.nameless.add(name)
 
-            differs = digest_of(first) != digest_of(second)
-        if differs:
-            yield Finding(
-                code="FC202",
-                severity="error",
-                key=second.name,
-                detail=f"`{escape(second.name)}` ({second.describe()}) and `{escape(first.name)}` "
-                f"({first.describe()}) are two names of one tensor, and differ",
+
+def _meet_copies(ours: View, theirs: View, found: _Sorted) -> None:
+    """A head that only one side stores is no difference where it is a copy of the embedding."""
+    from flamingo_ckpt.diff_bits import digest_of_step
+
+    for rest, view, label in ((found.missing, theirs, "B"), (found.unexpected, ours, "A")):
+        embed = [one for one in view.entries.values() if one.canonical == (tell.EMBED,)]
+        heads = [name for name, one in rest.items() if one.canonical == (tell.HEAD,)]
+        for name in heads if embed else ():
+            head = rest[name]
+            alike = (head.shape, head.dtype) == (embed[0].shape, embed[0].dtype)
+            if alike and digest_of_step(head) == digest_of_step(embed[0]):
+                del rest[name]
+                found.notes.append(tell.tied(head, embed[0], label))
+
+
+def _pair(ours: View, theirs: View, a: Side, b: Side, level: str, found: _Sorted) -> None:
+    """Take out of the missing and the unexpected what is one tensor under two names."""
+    for name, (entry, layout) in ours.respelt.items():
+        other = found.missing.get(name)
+        taken = [key for key, one in found.unexpected.items() if one.keys == entry.keys]
+        if other is not None and taken and (other.shape, other.dtype) == (entry.shape, entry.dtype):
+            del found.missing[name], found.unexpected[taken[0]]
+            why = f"as `{layout}` spells it"
+            found.pairs.append(
+                Pair(ours=taken[0], theirs=name, our_key=entry.key, their_key=other.key, why=why)
             )
+    del theirs
+    if are_comparable(a, b) and not have_one_family(a, b):
+        return  # the names of another language model are no misspellings
+    reads = level != "keys" and not a.is_model and not b.is_model
+    for pair in find_renamed(found.unexpected, found.missing, reads=reads):
+        del found.unexpected[pair.ours], found.missing[pair.theirs]
+        found.pairs.append(pair)
 
 
-def _interval(a: Side, b: Side) -> Iterable[Finding]:
-    layers = [_gated(side) for side in (a, b)]
-    if not all(layers) or layers[0] == layers[1]:
-        return
-    every = [_every(found) for found in layers]
-    if every[0] == every[1]:
-        return
-    told = [f"every {n} layers" if n else "at irregular layers" for n in every]
-    yield Finding(
-        code="FC217",
-        severity="error",
-        detail=f"A has gated cross-attention {told[0]}, B {told[1]}: "
-        "cross_attn_every_n_layers is another one",
-        hint=f"the config should say {every[0]}" if every[0] and b.is_model else None,
-        data={"layers": [sorted(found) for found in layers]},
-    )
+def _compare(a: Side, b: Side, level: str, found: _Sorted) -> dict[str, list[Finding]]:
+    """Name -> findings, of what both sides have and have differently."""
+    if level == "keys":
+        return {}
+    different = {
+        name: [finding]
+        for name, mine, other in found.both
+        if (finding := tell.header(mine, other, b)) is not None
+    }
+    if level == "bits":
+        from flamingo_ckpt.diff_bits import compare_bits
 
-
-def _gated(side: Side) -> frozenset[int]:
-    atoms = side.reading.atoms if side.reading is not None else {}
-    return frozenset(int(name.split(".")[1]) for name in atoms if group_of(name) == "xattn")
-
-
-def _every(layers: frozenset[int]) -> int:
-    """The interval that explains the layers; 0 where none does."""
-    every = min(layers) + 1
-    return every if layers == {every * (n + 1) - 1 for n in range(len(layers))} else 0
+        alike: Sequence[tuple[str, Entry, Entry]] = [
+            one for one in found.both if one[0] not in different
+        ]
+        different |= compare_bits(a, b, alike)
+    return different
 
 
 def summary_of(result: DiffResult) -> dict[str, Any]:
     """The counts of the JSON report."""
-    return {
-        "same": len(result.same),
-        "changed": len(result.changed),
-        "renamed": len(result.renamed),
-        "missing": len(result.missing),
-        "unexpected": len(result.unexpected),
-        "expected_absent": len(result.expected_absent),
+    counted: dict[str, Iterable[Any]] = {
+        "same": result.same,
+        "changed": result.changed,
+        "renamed": result.renamed,
+        "missing": result.missing,
+        "unexpected": result.unexpected,
+        "expected_absent": result.expected_absent,
     }
+    return {name: len(list(keys)) for name, keys in counted.items()}

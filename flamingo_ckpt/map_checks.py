@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flamingo_ckpt.errors import CkptError, name_some
+from flamingo_ckpt.layouts.clip import ALWAYS_THERE, UNSUPPORTED
 from flamingo_ckpt.layouts.detect import Detection
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.mapping import Piece
 from flamingo_ckpt.layouts.rules import split_numbers
+from flamingo_ckpt.layouts.timm_clip import ZEROS
 from flamingo_ckpt.plan import Step
 from flamingo_ckpt.tensors import escape, format_shape
 from flamingo_ckpt.vocabulary import EMBED, HEAD
@@ -55,9 +57,11 @@ def unknown_keys(detection: Detection, where: str) -> CkptError:
             hint="the file holds two namings; take one apart with --include or --exclude",
         )
     names = detection.unknown
+    shown = _form_of(names)
     return CkptError(
         f"{len(names)} of {detection.num_keys} keys fit no rule of `{detection.title}`: "
-        + name_some([escape(name) for name in names]),
+        + name_some([escape(name) for name in names])
+        + (f"; they show {shown}" if shown else ""),
         code="FC413",
         where=where,
         key=names[0],
@@ -66,8 +70,25 @@ def unknown_keys(detection: Detection, where: str) -> CkptError:
     )
 
 
+def _form_of(names: Sequence[str]) -> str:
+    """What kind of model keys without a rule show; "" where that is not known."""
+    for name in names:
+        template = split_numbers(name)[0]
+        for prefix, form in UNSUPPORTED.items():
+            if template.startswith(prefix):
+                return form
+    return ""
+
+
 def check_needs(atoms: Mapping[str, Piece], target: Layout, where: str) -> None:
     """Raise FC414 where a source lacks what only another generation of the model lacks."""
+    lacking = [form for name, form in ALWAYS_THERE.items() if name not in atoms]
+    if target.name == "hf-clip" and lacking and any(name.startswith("vision.") for name in atoms):
+        raise CkptError(
+            f"the image tower has {lacking[0]}: `{target.name}` has no such form",
+            code="FC414",
+            where=where,
+        )
     templates = {split_numbers(name)[0] for name in atoms}
     lacking = [template for template in target.needs if template not in templates]
     if lacking:
@@ -90,7 +111,9 @@ def unplaced_reasons(
         for name in names
         if name in HEAD and embed is not None and atoms[name].identity == embed.identity
     ]
-    bad = [name for name in names if not atoms[name].loss and name not in tied]
+    bad = [
+        name for name in names if not atoms[name].loss and name not in tied and name not in ZEROS
+    ]
     if bad:
         sources = [escape(_source_name(atoms[name])) for name in bad]
         raise CkptError(
@@ -101,7 +124,8 @@ def unplaced_reasons(
             hint="if it is not needed there, leave it out with --exclude",
         )
     return {
-        name: atoms[name].loss or "the output embedding is the input embedding" for name in names
+        name: atoms[name].loss or ZEROS.get(name, "the output embedding is the input embedding")
+        for name in names
     }
 
 

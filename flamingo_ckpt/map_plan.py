@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from flamingo_ckpt.bases import Base, Supply, read_base
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.layouts.axes import Strided
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import Layout, group_of
 from flamingo_ckpt.layouts.mapping import (
@@ -22,6 +23,7 @@ from flamingo_ckpt.layouts.mapping import (
 )
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.layouts.rules import Table
+from flamingo_ckpt.layouts.timm_clip import ZEROS
 from flamingo_ckpt.map_checks import (
     Expected,
     check_expected,
@@ -95,9 +97,11 @@ def make_map_plan(
     check_needs(atoms, target, manifest.uri)
     table = target.table(_family(detection, supplies, mapping, target, manifest.uri))
     assembly = assemble(atoms, table, {**mapping.dims, **reading.dims})
+    empty = _zero_only(assembly.unplaced, atoms)
     placed_out = unplaced_reasons(assembly.unplaced, atoms, target, manifest.uri)
     refuse_faults(assembly.faults, target, manifest.uri)
-    resized = fit_rows(assembly.tensors, mapping.rows, frozenset(supplied), manifest.uri)
+    tensors = _zero_filled(assembly.tensors, target)
+    resized = fit_rows(tensors, mapping.rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
     absent = check_expected(steps, mapping.expected, mapping.where_expected, manifest.uri)
     partial = _is_partial(target, atoms)
@@ -122,7 +126,7 @@ def make_map_plan(
         transformed=sum(bool(step.parts) for step in steps),
         expected_absent=absent,
         equal=reading.equal,
-        zeros=resized.zeros,
+        zeros=(*resized.zeros, *empty),
         metadata={**resized.metadata, **base_metadata(supplied, partial)},
         partial=partial,
         others={supply.base.kind: supply.base.manifest for supply in supplies},
@@ -246,6 +250,31 @@ def _family(
             hint="--config names the model's config.json or a preset",
         )
     return detection.family
+
+
+def _zero_only(names: Sequence[str], atoms: Mapping[str, Piece]) -> list[TensorInfo]:
+    """What may be left out only where it is zero: checked before anything is written."""
+    return [atoms[name].as_tensor(name) for name in names if name in ZEROS]
+
+
+def _zero_filled(tensors: tuple[Assembled, ...], target: Layout) -> tuple[Assembled, ...]:
+    """Add what a class of the target wants and no source has: a bias of zeros says nothing."""
+    there = {one.name: one for one in tensors}
+    filled = [
+        _zeros_beside(there[lead], name)
+        for name, lead in target.zero_fill.items()
+        if lead in there and name not in there
+    ]
+    return (*tensors, *filled)
+
+
+def _zeros_beside(lead: Assembled, name: str) -> Assembled:
+    """As many zeros as a tensor has rows: none of its own rows, and then the zeros."""
+    (first, *_) = lead.pieces
+    shape = (lead.shape[0],)
+    zeros = Piece(None, lead.dtype, Strided.over(shape, (1,)))
+    none = replace(first, view=first.view.narrow(0, 0))
+    return replace(lead, name=name, shape=shape, pieces=(none, zeros), kind="pad")
 
 
 def _steps(

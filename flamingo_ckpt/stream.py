@@ -213,12 +213,11 @@ def check_premises(plan: Plan) -> None:
     def expect_zeros(run: TensorInfo, buffer: bytearray, _stop: threading.Event) -> None:
         if any(block.tobytes().strip(b"\0") for block in read_blocks(run, buffer)):
             raise CkptError(
-                f"the rows of `{escape(run.name)}` that would be cut off are not zero: they are "
-                "no padding",
+                f"`{escape(run.name)}`: what would be left out is not zero, so it is no padding",
                 code="FC419",
                 where=plan.source.uri,
                 key=run.name,
-                hint="to cut them all the same, say how many rows are left: --vocab-rows",
+                hint="rows of a vocabulary are cut all the same with --vocab-rows N",
             )
 
     run_tasks(plan.equal, compare)

@@ -92,6 +92,9 @@ def _merged(axis: Axis) -> Axis:
 
 def _split(axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:
     """Cut one axis into several, outermost first. The product of `sizes` is its size."""
+    if 0 in (_size(axis), *sizes):
+        # nothing is walked, so any stride will do, but every size has to stay what it is
+        return [((size, 0),) for size in sizes]
     left = list(axis)
     found: list[Axis] = []
     for size in reversed(sizes):

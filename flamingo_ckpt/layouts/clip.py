@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from flamingo_ckpt.layouts.clip_towers import (
     HF_TEXT,
     HF_VISION,
+    LOGIT_SCALE,
+    LOGITS,
     OPEN_CLIP_TEXT,
     OPEN_CLIP_TEXT_LINEAR,
     OPEN_CLIP_VISION,
@@ -26,8 +28,6 @@ _SIZES = dropped(
         "vocab_size": "the number of tokens, which the token embedding also tells",
     }
 )
-# Stored with shape () or, with `nonscalar_logit_scale`, (1,).
-_LOGITS = rename({"{m:logit_scale|logit_bias}": "{m}"})
 _OPEN_CLIP_TOWERS = (
     "visual.transformer.resblocks.#.",
     "transformer.resblocks.#.",
@@ -95,21 +95,30 @@ LAYOUTS = (
             *prefixed(OPEN_CLIP_VISION, "visual."),
             *OPEN_CLIP_TEXT,
             *prefixed(OPEN_CLIP_TEXT_LINEAR, mode="read"),
-            *_LOGITS,
+            *LOGITS,
             *_SIZES,
         ),
         sentinels=("visual.conv1.", "visual.transformer.", "token_embedding.", "ln_final."),
     ),
     Layout(
+        name="open_clip-visual",
+        title="open_clip's image tower alone, as `model.visual` saves it",
+        space="clip",
+        rules=OPEN_CLIP_VISION,
+        sentinels=("conv1.", "class_embedding", "transformer.resblocks."),
+        absent_without=("token_embedding.", "ln_final."),
+    ),
+    Layout(
         name="open_clip-custom",
         title="open_clip's CustomTextCLIP, with CLIP's image tower or MobileCLIP-B's",
         space="clip",
+        zero_fill={"visual.trunk.head.bias": "visual.trunk.head.weight"},
         rules=(
             *prefixed(OPEN_CLIP_VISION, "visual."),
             *prefixed(OPEN_CLIP_HYBRID, "visual.trunk."),
             *prefixed(OPEN_CLIP_TEXT, "text."),
             *prefixed(OPEN_CLIP_TEXT_LINEAR, "text.", mode="read"),
-            *_LOGITS,
+            *LOGITS,
         ),
         sentinels=(
             "text.token_embedding.",
@@ -128,9 +137,9 @@ LAYOUTS = (
                 {
                     "visual_projection.weight": "vision.projection.weight",
                     "text_projection.weight": "text.projection.weight",
-                    "logit_scale": "logit_scale",
                 }
             ),
+            *LOGIT_SCALE,
             # a CLIPVisionModel of transformers >= 5.6 that was never loaded from a file
             *prefixed(HF_VISION, mode="read"),
         ),

@@ -124,3 +124,6 @@ HF_TEXT = (
     ),
     *dropped({"embeddings.position_ids": _ARANGE}),
 )
+#: Scalars, in open_clip with shape (1,) where `nonscalar_logit_scale` says so; written as scalars.
+LOGITS = (Rule(native="{m:logit_scale|logit_bias}", canonical="{m}", also=("1 -> ",)),)
+LOGIT_SCALE = (Rule(native="logit_scale", canonical="logit_scale", also=("1 -> ",)),)

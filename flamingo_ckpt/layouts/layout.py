@@ -26,6 +26,8 @@ class Layout:
         sentinels: templates, one of which only this layout has; detection asks for one of them.
         absent_without: templates, none of which this layout has.
         needs: templates of canonical names without which it is not the layout of what is written.
+        zero_fill: key that a class of this layout wants although it says nothing -> the key whose
+            rows it has; written as zeros where no source has it.
         withheld: group -> why a file in this layout does not hold it; only for writing.
         writes_aliases: whether a file holds every name of a tensor (the whole state dict).
         lossy: what a conversion to or from it loses; "" where it is a bijection.
@@ -42,6 +44,7 @@ class Layout:
     sentinels: tuple[str, ...] = ()
     absent_without: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    zero_fill: Mapping[str, str] = field(default_factory=dict)
     withheld: Mapping[str, str] = field(default_factory=dict)
     writes_aliases: bool = False
     lossy: str = ""

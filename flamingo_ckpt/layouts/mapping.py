@@ -180,16 +180,28 @@ def _taken_apart(
 ) -> Iterable[tuple[str, Piece]]:
     loss = match.rule.loss
     whole = Strided.over(tensor.shape, tensor.strides or contiguous_strides(tensor.shape))
-    form = match.arrangement
+    known = {**dims, **({"part": len(match.parts)} if match.parts else {})}
+    form = _form(tensor, match, known)
     if form is None:
         yield match.canonical({}), Piece(tensor, tensor.dtype, whole, loss)
         return
-    known = {**dims, **({"part": len(match.parts)} if match.parts else {})}
     sizes = form.solve(tensor.shape, known, native=True)
     told |= {name: size for name, size in sizes.items() if name in HEAD_COUNTS}
     for index, view in form.parts(whole, sizes):
         name = match.canonical(dict(zip(form.index, index, strict=True)))
         yield name, Piece(tensor, tensor.dtype, view, loss)
+
+
+def _form(tensor: TensorInfo, match: Match, known: Mapping[str, int]) -> Arrangement | None:
+    """How the tensor is stored: one of the rule's further ways where it fits, or the usual one."""
+    for text in match.rule.also:
+        form = Arrangement.parse(text)
+        try:
+            form.solve(tensor.shape, known, native=True)
+        except AxesError:
+            continue
+        return form
+    return match.arrangement
 
 
 def assemble(atoms: Mapping[str, Piece], table: Table, dims: Mapping[str, int]) -> Assembly:

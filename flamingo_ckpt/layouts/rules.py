@@ -31,6 +31,8 @@ class Rule:
         native: pattern of the layout's own key.
         canonical: pattern of the canonical names; empty for a key that is dropped.
         axes: how the stored tensor is made of canonical ones, `stored -> canonical`; empty: as is.
+        also: further ways in which the tensor is met, `stored -> canonical`: only read, and only
+            where one fits its shape.
         mode: `both` directions, `read` only, or `alias`: a second name of a tensor that another
             rule stores.
         drop: why the tensor is left out, where it is.
@@ -40,6 +42,7 @@ class Rule:
     native: str
     canonical: str = ""
     axes: str = ""
+    also: tuple[str, ...] = ()
     mode: str = "both"
     drop: str = ""
     loss: str = ""
@@ -183,6 +186,8 @@ def split_numbers(name: str) -> tuple[str, tuple[str, ...]]:
     >>> split_numbers("blocks.11.mlp.0.weight")
     ('blocks.#.mlp.#.weight', ('11', '0'))
     """
+    if _HOLE in name:  # no template has two of them side by side, so such a key fits none
+        name = name.replace(_HOLE, _HOLE * 2)
     numbers = tuple(_NUMBER.findall(name))
     return (_NUMBER.sub(_HOLE, name), numbers) if numbers else (name, ())
 

@@ -7,7 +7,7 @@ of heads is needed, which no tensor of open_clip tells. Sources: big_vision's `v
 
 from __future__ import annotations
 
-from flamingo_ckpt.layouts.clip_towers import OPEN_CLIP_TEXT_BODY, OPEN_CLIP_TEXT_LINEAR
+from flamingo_ckpt.layouts.clip_towers import LOGITS, OPEN_CLIP_TEXT_BODY, OPEN_CLIP_TEXT_LINEAR
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.rules import Rule, prefixed, rename
 
@@ -146,7 +146,7 @@ LAYOUTS = (
         rules=(
             *prefixed(_TRUNK, "visual.trunk."),
             *prefixed((*OPEN_CLIP_TEXT_BODY, *OPEN_CLIP_TEXT_LINEAR), "text."),
-            *rename({"{m:logit_scale|logit_bias}": "{m}"}),
+            *LOGITS,
         ),
         sentinels=("visual.trunk.attn_pool.",),
     ),

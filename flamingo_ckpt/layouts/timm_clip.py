@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flamingo_ckpt.layouts.clip_towers import LOGIT_SCALE
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.rules import Rule, prefixed, rename
 
@@ -135,18 +136,15 @@ LAYOUTS = (
         rules=_TIMM_CLIP,
         sentinels=("norm_pre.",),
         absent_without=("patch_embed.proj.bias", "visual."),
-        lossy="timm's projection has a bias, CLIP's has not: it must be zero, and is not written",
+        zero_fill={"head.bias": "head.weight"},
     ),
     Layout(
         name="mobileclip",
         title="Apple's own names of MobileCLIP; of the image towers, B's",
         space="clip",
-        rules=(*_APPLE_IMAGE, *_APPLE_TEXT, *rename({"logit_scale": "logit_scale"})),
+        rules=(*_APPLE_IMAGE, *_APPLE_TEXT, *LOGIT_SCALE),
         sentinels=("image_encoder.model.", "text_encoder."),
-        lossy=(
-            "open_clip's class wants a bias of zeros beside `visual.trunk.head.weight`, and the "
-            "FastViT image towers (S0 to S4) have no map"
-        ),
+        lossy="the FastViT image towers (S0 to S4) have no map",
         read_only="only Apple's own code reads these names",
     ),
 )

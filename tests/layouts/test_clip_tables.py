@@ -16,7 +16,7 @@ from flamingo_ckpt.layouts.rules import split_numbers
 from tests import zoo
 from tests.layouts.carry import State, assert_same_bits, carry, read
 
-OPEN_CLIP, CUSTOM, HF, HF_TEXT = clip_layouts.LAYOUTS
+OPEN_CLIP, VISUAL, CUSTOM, HF, HF_TEXT = clip_layouts.LAYOUTS
 _, MOBILE = timm_clip.LAYOUTS
 HERE = {"open_clip": OPEN_CLIP, "open_clip-custom": CUSTOM, "hf-clip": HF}
 
@@ -153,6 +153,14 @@ def test_a_logit_bias_has_no_place_in_transformers(model):
     reading = read(OPEN_CLIP, model.open_clip | {"logit_bias": torch.tensor(-10.0)})
     assert assemble(reading.atoms, HF.table(), {}).unplaced == ("logit_bias",)
     assert assemble(reading.atoms, CUSTOM.table(), {}).unplaced == ()
+
+
+@pytest.mark.parametrize("source", HERE)
+def test_a_logit_scale_of_one_axis_is_the_same_scalar(model, source):
+    state = states(model)[source]
+    longer = state | {"logit_scale": state["logit_scale"].reshape(1)}
+    for target in HERE:
+        assert_same_bits(carry(HERE[source], HERE[target], longer), states(model)[target])
 
 
 def odd_models() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:

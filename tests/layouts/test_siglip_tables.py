@@ -51,6 +51,15 @@ def test_open_clip_becomes_arrays_and_comes_back(zoo):
     assert_same_bits(carry(BIG_VISION, OPEN_CLIP, arrays), zoo.state)
 
 
+def test_scalars_of_one_axis_are_the_same_scalars(zoo):
+    longer = {
+        name: one.reshape(1) if name.startswith("logit_") else one
+        for name, one in zoo.state.items()
+    }
+    assert_same_bits(carry(OPEN_CLIP, OPEN_CLIP, longer), zoo.state)
+    assert_same_bits(carry(OPEN_CLIP, BIG_VISION, longer, heads(zoo)), zoo.npz())
+
+
 def test_each_tower_has_its_own_number_of_heads(zoo):
     arrays = carry(OPEN_CLIP, BIG_VISION, zoo.state, {"visionheads": 2, "textheads": 16})
     attention = "MultiHeadDotProductAttention_0/"

@@ -14,7 +14,7 @@ from flamingo_ckpt.layouts.mapping import assemble
 from tests import zoo
 from tests.layouts.carry import State, assert_same_bits, carry, read
 
-OPEN_CLIP, CUSTOM, HF, _ = clip_layouts.LAYOUTS
+OPEN_CLIP, _, CUSTOM, HF, _ = clip_layouts.LAYOUTS
 TIMM, MOBILE = timm_clip.LAYOUTS
 
 
