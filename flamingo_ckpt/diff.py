@@ -7,14 +7,15 @@ is the same, changed, missing, unexpected, probably renamed, or absent by design
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flamingo_ckpt import diff_findings as tell
-from flamingo_ckpt.diff_names import lost_names
+from flamingo_ckpt.diff_names import LostName, lost_names
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.likeness import Pair, find_renamed
 from flamingo_ckpt.sides import Entry, Side, View, are_comparable, have_one_family, views
+from flamingo_ckpt.tensors import escape
 
 #: What is compared: names; also dtype and shape; also the bits.
 LEVELS = ("keys", "headers", "bits")
@@ -143,7 +144,7 @@ def _check_sides(a: Side, b: Side, level: str) -> None:
 
 def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
     for name, entry in theirs.entries.items():
-        mine = ours.entries.get(name) or ours.tied.get(name)
+        mine = ours.entries.get(name)
         if mine is not None:
             found.both.append((name, mine, entry))
     _sort_rest(theirs, ours, a, "B", found.missing, found)
@@ -167,8 +168,9 @@ def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
             found.missing[name] = entry
         else:
             found.both.append((name, mine, entry))
-    for name, key, is_lost in lost_names(a, b):
-        _lose(name, key, is_lost, ours, theirs, found)
+    by_key = [{key: one for one in v.entries.values() for key in one.keys} for v in (ours, theirs)]
+    for lost in lost_names(a, b):
+        _lose(lost, by_key[not lost.by_a].get(lost.other_key), found)
 
 
 def _sort_rest(
@@ -177,7 +179,7 @@ def _sort_rest(
     """Sort what one side has and the other lacks; `label` names the one that has it."""
     known = {entry.identity: entry for name, entry in here.entries.items() if name in there.entries}
     for name, entry in here.entries.items():
-        if name in there.entries or name in there.tied and label == "B":
+        if name in there.entries or (name in there.tied and label == "B"):
             continue
         twin = known.get(entry.identity) if entry.identity is not None else None
         if name in there.tied:
@@ -230,25 +232,16 @@ def _base(side: Side, entry: Entry) -> str:
     return bases.pop() if len(bases) == 1 else ""
 
 
-def _lose(
-    name: str, key: str, is_lost: bool, ours: View, theirs: View, found: _Sorted
-) -> None:
+def _lose(lost: LostName, entry: Entry | None, found: _Sorted) -> None:
     """A name that one side lacks although it has the tensor under another."""
-    view = ours if is_lost else theirs
-    entry = next(
-        (one for one in view.entries.values() if key in one.keys), None
-    )
     if entry is None:
         return
-    stored = Entry(
-        keys=(name,),
-        dtype=entry.dtype,
-        shape=entry.shape,
-        step=entry.step,
-        why=f"only its other name `{key}` is",
+    rest = found.missing if lost.by_a else found.unexpected
+    rest.setdefault(
+        lost.name,
+        replace(entry, keys=(lost.key,), why=f"the tensor is there as `{escape(lost.other_key)}`"),
     )
-    (found.missing if is_lost else found.unexpected).setdefault(name, stored)
-    found.nameless.add(name)
+    found.nameless.add(lost.name)
 
 
 def _meet_copies(ours: View, theirs: View, found: _Sorted) -> None:

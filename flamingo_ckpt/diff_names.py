@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flamingo_ckpt.layouts.rules import Table, split_numbers
 from flamingo_ckpt.sides import Side
 
 
-def lost_names(a: Side, b: Side) -> Iterator[tuple[str, str, bool]]:
-    """(name, key that holds the same tensor, whether A lacks it; else B does).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostName:
+    """A name without its tensor.
+
+    Attributes:
+        name: without wrapper prefixes.
+        key: as the side that has it stores it.
+        other_key: the key under which the other side has the tensor.
+        by_a: whether it is A that lacks it.
+    """
+
+    name: str
+    key: str
+    other_key: str
+    by_a: bool
+
+
+def lost_names(a: Side, b: Side) -> Iterator[LostName]:
+    """Names that one side has and the other lacks, of tensors that both have.
 
     A whole state dict has every decoder layer twice. A loader that wants all names misses the one
     that is gone, whatever the other one holds. Names of a tree that a file has nothing of are not
-    wanted; across layouts, names are not compared.
+    wanted of a model; across layouts, names are not compared.
     """
-    if a.detection is None or b.detection is None:
+    if a.detection is None or b.detection is None or not _share_names(a, b):
         return
-    if a.is_model and b.is_model or not _share_names(a, b):
-        return
-    yield from ((name, key, True) for name, key in _lost(a, b))
-    yield from ((name, key, False) for name, key in _lost(b, a))
+    for side, other in ((a, b), (b, a)):
+        for name, key in _lost(side, other):
+            yield LostName(name=name, key=other.stored(name), other_key=key, by_a=side is a)
 
 
 def _share_names(a: Side, b: Side) -> bool:

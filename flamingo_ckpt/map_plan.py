@@ -43,6 +43,8 @@ from flamingo_ckpt.provenance import (
     PARTIAL_KEY,
     base_findings,
     base_metadata,
+    spelling_metadata,
+    spelt_as_before,
     supplied_before,
 )
 from flamingo_ckpt.selection import Chosen, Dropped, PlanOptions, choose_tensors
@@ -100,7 +102,7 @@ def make_map_plan(
     empty = _zero_only(assembly.unplaced, atoms)
     placed_out = unplaced_reasons(assembly.unplaced, atoms, target, manifest.uri)
     refuse_faults(assembly.faults, target, manifest.uri)
-    tensors = _zero_filled(assembly.tensors, target)
+    tensors = spelt_as_before(_zero_filled(assembly.tensors, target), manifest, table)
     resized = fit_rows(tensors, mapping.rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
     absent = check_expected(steps, mapping.expected, mapping.where_expected, manifest.uri)
@@ -127,7 +129,11 @@ def make_map_plan(
         expected_absent=absent,
         equal=reading.equal,
         zeros=(*resized.zeros, *empty),
-        metadata={**resized.metadata, **base_metadata(supplied, partial)},
+        metadata={
+            **resized.metadata,
+            **spelling_metadata(reading, detection.layout.table(detection.family)),
+            **base_metadata(supplied, partial),
+        },
         partial=partial,
         others={supply.base.kind: supply.base.manifest for supply in supplies},
     )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from flamingo_ckpt.bases import Supply
 from flamingo_ckpt.errors import Finding
+from flamingo_ckpt.layouts.mapping import Assembled, Reading
+from flamingo_ckpt.layouts.rules import Table
 from flamingo_ckpt.tensors import Manifest, escape
 from flamingo_ckpt.vocabulary import HEAD
 
@@ -19,6 +22,8 @@ BASE_KEY = "flamingo_ckpt.base"
 #: Metadata: the file lacks what only a base has.
 PARTIAL_KEY = "flamingo_ckpt.partial"
 
+#: Metadata: how the source spelt a key that its layout knows two spellings of (GPT-NeoX's head).
+HEAD_KEY = "flamingo_ckpt.head_key"
 _MAX_BASE_KEYS = 1 << 20
 
 
@@ -40,6 +45,27 @@ def supplied_before(manifest: Manifest) -> frozenset[str]:
         for name in names
         if isinstance(name, str)
     )
+
+
+def spelling_metadata(reading: Reading, table: Table) -> dict[str, str]:
+    """How the source spells its output embedding, where that is not how its layout is written."""
+    head = HEAD[0]
+    place = table.place(head)
+    spelt = [key for key, names in reading.names.items() if names == (head,)]
+    if place is None or len(spelt) != 1 or spelt[0] == place.name:
+        return {}
+    return {HEAD_KEY: spelt[0]}
+
+
+def spelt_as_before(
+    tensors: tuple[Assembled, ...], manifest: Manifest, table: Table
+) -> tuple[Assembled, ...]:
+    """The head under the key that it had before, where the target layout reads that key too."""
+    key = manifest.metadata.get(HEAD_KEY, "")
+    match = table.match(key)
+    if match is None or match.rule.canonical != HEAD[0]:
+        return tensors
+    return tuple(replace(one, name=key) if one.canonical == (HEAD[0],) else one for one in tensors)
 
 
 def base_metadata(supplied: Mapping[str, str], partial: bool) -> dict[str, str]:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "selection": GROUND | {"layouts"},
     "vocabulary": GROUND | {"layouts"},
     "bases": GROUND | {"layouts", "selection"},
-    "provenance": GROUND | {"bases", "vocabulary"},
+    "provenance": GROUND | {"layouts", "bases", "vocabulary"},
     "map_checks": GROUND | {"layouts", "plan", "vocabulary"},
     "map_plan": GROUND
     | {"layouts", "plan", "selection", "bases", "vocabulary", "provenance", "map_checks"},

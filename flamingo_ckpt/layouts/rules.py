@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flamingo_ckpt.layouts.axes import Arrangement
@@ -112,19 +112,20 @@ class _Entry:
     part: int = 0
 
 
-@dataclass(frozen=True)
 class Table:
     """Rules, compiled for lookup in both directions.
+
+    Args:
+        rules: of one layout, for one language model where it has several.
 
     Raises:
         ValueError: two rules fit one key, or write one canonical name.
     """
 
-    rules: tuple[Rule, ...]
-    _native: dict[str, list[_Entry]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for rule in self.rules:
+    def __init__(self, rules: tuple[Rule, ...]) -> None:
+        self.rules = rules
+        self._native: dict[str, list[_Entry]] = {}
+        for rule in rules:
             for template, entry in _expand(rule, rule.native, side="native"):
                 _put(self._native, template, entry, "key")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,15 +75,16 @@ def construct(config: ModelConfig, layout: str) -> tuple[ExpectedTensor, ...]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """No advice of the libraries about their own defaults: nobody here chose them."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    from transformers.utils import logging as advice
+
+    level = advice.get_verbosity()
+    advice.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        advice.set_verbosity(level)
 
 
 def _first_line(error: Exception) -> str:

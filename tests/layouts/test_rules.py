@@ -108,8 +108,8 @@ def test_a_dropped_key_matches_and_has_its_reason() -> None:
         "blocks.{layer}.norm1.bias",
         "blocks.\0layer\0.norm1.bias",
         "blocks.1234567890.norm1.bias",
-        "blocks.٣.norm1.bias",
-        "blocks.３.norm1.bias",
+        "blocks.\u0663.norm1.bias",
+        "blocks.\uff13.norm1.bias",
         "blocks.²3.norm1.bias",
         "blocks.3.norm3.bias",
         "blocks.3.norm1.bias\n",
@@ -186,7 +186,7 @@ def test_numbers_in_a_key_are_components_of_their_own() -> None:
 
 hostile = st.one_of(
     st.text(max_size=40),
-    st.text(alphabet="0123456789./_#{}\0٣३x-", max_size=60),
+    st.text(alphabet="0123456789./_#{}\0\u0663x-", max_size=60),
     st.lists(st.sampled_from(["blocks", "norm1", "3", "10", "03", "", "bias"]), max_size=12).map(
         ".".join
     ),
@@ -202,7 +202,8 @@ hostile = st.one_of(
 @example("\0" * 1000)
 @example("\ud800.weight")
 def test_hostile_names_neither_crash_nor_match_by_accident(name: str) -> None:
-    pattern = r"blocks\.(0|[1-9][0-9]{0,8})\.(norm[12]\.(weight|bias)|mlp\.[02]\.weight|qkv\.weight|buffer)"
+    leaves = r"norm[12]\.(weight|bias)|mlp\.[02]\.weight|qkv\.weight|buffer"
+    pattern = rf"blocks\.(0|[1-9][0-9]{{0,8}})\.({leaves})"
     pattern += r"|(old|twin)\.(0|[1-9][0-9]{0,8})\.w|stack/w|embed\.weight"
     assert (BLOCKS.match(name) is not None) == bool(re.fullmatch(pattern, name))
     BLOCKS.place(name)
