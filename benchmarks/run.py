@@ -57,6 +57,7 @@ class Contender:
 
 _CONVERT = ("{tool}", "convert", "{src}", "{dst}")
 _RIVAL = ("{python}", "{rivals}")
+_MODEL = "model:openflamingo-3b-vitl-mpt1b"
 _BF16 = ("--dtype", "bfloat16")
 
 CONTENDERS = (
@@ -89,8 +90,20 @@ CONTENDERS = (
         dst="d.safetensors",
         same_as="bf16",
     ),
+    Contender(
+        "to-hf",
+        "`convert --to hf-flamingo --no-verify`",
+        (*_CONVERT, "--to", "hf-flamingo", "--no-verify"),
+        dst="h.safetensors",
+    ),
     Contender("verify", "`verify`", ("{tool}", "verify", "{src}", "{done}")),
     Contender("inspect", "`inspect`", ("{tool}", "inspect", "{src}")),
+    # the model's keys are on disk: `prepare` builds the model once
+    Contender(
+        "diff",
+        "`diff` with `model:openflamingo-3b-vitl-mpt1b`",
+        ("{tool}", "diff", "{src}", _MODEL),
+    ),
     Contender("help", "`--help`", ("{tool}", "--help")),
     Contender(
         "mmap-save",
@@ -143,7 +156,8 @@ class Bench:
         return [places.get(word, word) for group in words for word in group]
 
     def prepare(self) -> None:
-        """What `verify` compares with."""
+        """What `verify` compares with, and the model that `diff` compares with."""
+        subprocess.run([*self.command, "inspect", _MODEL], check=True, stdout=subprocess.DEVNULL)
         argv = [*self.command, "convert", self.source, self.done, "--no-verify", "--overwrite"]
         subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 

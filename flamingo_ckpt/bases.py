@@ -121,3 +121,50 @@ def read_base(base: Base, family: str, dims: Mapping[str, int]) -> Supply:
 
 def _named(tensor: TensorInfo, name: str) -> TensorInfo:
     return tensor if tensor.name == name else replace(tensor, name=name)
+
+
+def check_fit(atoms: Mapping[str, Piece], supply: Supply) -> None:
+    """Refuse a base of another size: nothing that it supplies would fit the checkpoint.
+
+    Raises:
+        CkptError: FC420 naming the two widths, or the layer that the base does not have.
+    """
+    ours, theirs = _width(atoms, supply.base.kind), _width(supply.atoms, supply.base.kind)
+    if ours and theirs and ours != theirs:
+        raise CkptError(
+            f"the checkpoint was trained on a {supply.base.kind} model of width {ours}, the base's "
+            f"is {theirs}",
+            code="FC420",
+            where=supply.base.manifest.uri,
+            hint="name the release that the checkpoint was trained on",
+        )
+    if supply.base.kind == "language":
+        layers = {int(name.split(".")[2]) for name in supply.atoms if _LAYER in name}
+        gated = {int(name.split(".")[1]) for name in atoms if name.startswith("xattn.")}
+        beyond = sorted(gated - layers)
+        if layers and beyond:
+            raise CkptError(
+                f"the checkpoint has gated cross-attention before layer {beyond[0]}, and the base "
+                f"has {len(layers)} layers",
+                code="FC420",
+                where=supply.base.manifest.uri,
+                hint="name the release that the checkpoint was trained on",
+            )
+
+
+_LAYER = "lm.layers."
+#: kind -> canonical names of which one axis is the base's width: (start of the name, axis).
+_WIDTHS: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "vision": (("perceiver.latents", 1), ("vision.class_embedding", 0)),
+    "language": (("lm.embed_tokens.weight", 1), ("xattn.", 1)),
+}
+
+
+def _width(atoms: Mapping[str, Piece], kind: str) -> int:
+    """The width of the language model or of the vision tower; 0 where nothing tells it."""
+    for start, axis in _WIDTHS[kind]:
+        for name, piece in atoms.items():
+            fits = name == start or (name.startswith(start) and name.endswith(".attn.q.weight"))
+            if fits and len(piece.shape) > axis:
+                return piece.shape[axis]
+    return 0

@@ -149,28 +149,29 @@ def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
             found.both.append((name, mine, entry))
     _sort_rest(theirs, ours, a, "B", found.missing, found)
     _sort_rest(ours, theirs, b, "A", found.unexpected, found)
-    for name in ours.strangers.keys() & theirs.strangers.keys():
-        found.both.append((name, ours.strangers[name], theirs.strangers[name]))
-    for name, entry in ours.strangers.items():
-        if name in theirs.strangers:
-            continue
-        other = found.missing.pop(name, None)
-        if other is None:
-            found.unexpected[name] = entry
-        else:
-            # its shape fits no rule of its layout, so it is compared by its name
-            found.both.append((name, entry, other))
-    for name, entry in theirs.strangers.items():
-        if name in ours.strangers:
-            continue
-        mine = found.unexpected.pop(name, None)
-        if mine is None:
-            found.missing[name] = entry
-        else:
-            found.both.append((name, mine, entry))
+    _sort_strangers(ours.strangers, theirs.strangers, found)
     by_key = [{key: one for one in v.entries.values() for key in one.keys} for v in (ours, theirs)]
     for lost in lost_names(a, b):
         _lose(lost, by_key[not lost.by_a].get(lost.other_key), found)
+
+
+def _sort_strangers(
+    ours: Mapping[str, Entry], theirs: Mapping[str, Entry], found: _Sorted
+) -> None:
+    """Keys that no rule takes, or whose shape their rule cannot: compare them by their names."""
+    for name, entry in ours.items():
+        other = theirs.get(name) or found.missing.pop(name, None)
+        if other is None:
+            found.unexpected[name] = entry
+        else:
+            found.both.append((name, entry, other))
+    for name, entry in theirs.items():
+        if name not in ours:
+            mine = found.unexpected.pop(name, None)
+            if mine is None:
+                found.missing[name] = entry
+            else:
+                found.both.append((name, mine, entry))
 
 
 def _sort_rest(
@@ -179,11 +180,14 @@ def _sort_rest(
     """Sort what one side has and the other lacks; `label` names the one that has it."""
     known = {entry.identity: entry for name, entry in here.entries.items() if name in there.entries}
     for name, entry in here.entries.items():
-        if name in there.entries or (name in there.tied and label == "B"):
+        if name in there.entries:
             continue
         twin = known.get(entry.identity) if entry.identity is not None else None
         if name in there.tied:
-            found.both.append((name, entry, there.tied[name]))
+            stored = there.tied[name]
+            found.both.append((name, entry, stored) if label == "A" else (name, stored, entry))
+            if twin is None:
+                found.notes.append(tell.stored_apart(entry, lacking))
         elif twin is not None:
             found.notes.append(tell.tied(entry, twin, label))
         elif loss := _loss(entry, lacking):
@@ -197,8 +201,9 @@ def _sort_rest(
             continue  # both sides tell their parts below, under the names that these have
         if name not in there.entries:
             rest |= fault.parts
-    for name in here.faults.keys() & there.faults.keys():
-        _meet_parts(here.faults[name].parts, there.faults[name].parts, label, rest, found)
+    for name, fault in here.faults.items():
+        if name in there.faults:
+            _meet_parts(fault.parts, there.faults[name].parts, label, rest, found)
 
 
 def _meet_parts(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from flamingo_ckpt.errors import Finding
-from flamingo_ckpt.formats.checksum import new_digest
-from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
+from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.layouts.mapping import Piece
+from flamingo_ckpt.likeness import digest_of_runs, digest_of_step
 from flamingo_ckpt.sides import Entry, Side
 from flamingo_ckpt.stream import (
     Derived,
@@ -18,10 +18,16 @@ from flamingo_ckpt.stream import (
     run_tasks,
     unchecked_storages,
 )
-from flamingo_ckpt.tensors import TensorInfo, contiguous_strides, escape
-from flamingo_ckpt.verify import bits_differ, first_difference
+from flamingo_ckpt.tensors import DTYPES, DType, TensorInfo, contiguous_strides, escape
+from flamingo_ckpt.verify import Difference, first_difference
 
 _Both = tuple[str, Entry, Entry]
+# Where more than this differs the two are of different trainings, and nothing was merely moved.
+_MAX_MOVED_BYTES = 2 << 30
+# A transpose is gathered element by element.
+_MAX_TURNED_BYTES = 256 << 20
+
+__all__ = ["compare_bits", "digest_of", "digest_of_step"]
 
 
 def compare_bits(a: Side, b: Side, both: Sequence[_Both]) -> dict[str, list[Finding]]:
@@ -30,62 +36,113 @@ def compare_bits(a: Side, b: Side, both: Sequence[_Both]) -> dict[str, list[Find
     Raises:
         CkptError: where a side cannot be read, or fails its checksum.
     """
-    check_storages(unchecked_storages([mine.step for _, mine, _ in both]), lambda _: None)
-    check_storages(unchecked_storages([other.step for _, _, other in both]), lambda _: None)
+    # the same elements of the same bytes need no reading
+    both = [pair for pair in both if pair[1].identity != pair[2].identity]
+    for steps in ([mine.step for _, mine, _ in both], [other.step for _, _, other in both]):
+        check_storages(unchecked_storages(steps), lambda _: None)
 
     def work(pair: _Both, buffer: bytearray, stop: threading.Event) -> tuple[_Both, Finding | None]:
-        name, mine, other = pair
+        _, mine, other = pair
         found = first_difference(mine.step, other.step, buffer, Derived(), lambda _: None, stop)
-        if found is None:
-            return pair, None
-        stored = TensorInfo(name=mine.key, dtype=mine.dtype, shape=mine.shape)
-        del name
-        return pair, bits_differ(other.step, stored, found)
+        return pair, _bits_differ(mine, other, found) if found is not None else None
 
     ordered = sorted(both, key=lambda pair: -pair[1].step.num_bytes)
-    different = [(pair, finding) for pair, finding in run_tasks(ordered, work) if finding]
+    found = {pair[0]: finding for pair, finding in run_tasks(ordered, work) if finding}
     for side in (a, b):
         check_unchanged(side.manifest)
-    moved = _moved([pair for pair, _ in different])
-    return {pair[0]: [finding, *moved.get(pair[0], [])] for pair, finding in different}
+    different = [pair for pair in both if pair[0] in found]
+    moved = _moved(different)
+    return {pair[0]: [*moved.get(pair[0], []), found[pair[0]]] for pair in different}
+
+
+def _bits_differ(mine: Entry, other: Entry, found: Difference) -> Finding:
+    place = ", ".join(map(str, found.index))
+    here, there = (_readable(bits, mine.dtype) for bits in (found.expected, found.found))
+    of = "" if other.key == mine.key else f" of `{escape(other.key)}`"
+    return Finding(
+        code="FC301",
+        severity="error",
+        key=mine.key,
+        detail=f"`{escape(mine.key)}`: {found.num_different} of {mine.step.num_elements} elements "
+        f"differ, first at [{place}]{of}: {here} in A, {there} in B",
+        data={
+            "other_key": other.key,
+            "num_elements_different": found.num_different,
+            "first_index": list(found.index),
+            "bits": [found.expected, found.found],
+        },
+    )
+
+
+def _readable(bits: str, dtype: DType) -> str:
+    """`0.5 (0x3f000000)` where the dtype widens to a float, else the bits."""
+    if not dtype.is_real_float:
+        return f"0x{bits}"
+    raw = memoryview(bytes.fromhex(bits)[::-1])
+    wide = cast_block(raw, dtype, DTYPES["F64"], CastCounts())
+    return f"{wide.cast('d')[0]!r} (0x{bits})"
 
 
 def _moved(pairs: Sequence[_Both]) -> dict[str, list[Finding]]:
     """What of A's content stands elsewhere in B, part by part: a swap, or a transpose."""
+    if sum(pair[1].step.num_bytes for pair in pairs) > _MAX_MOVED_BYTES:
+        return {}
     theirs: dict[str, list[str]] = {}
-    for _, _, other in pairs:
-        for label, piece in _parts(other):
-            theirs.setdefault(_digest(piece), []).append(label)
+    parts = {pair[0]: (list(_parts(pair[1])), list(_parts(pair[2]))) for pair in pairs}
+    digests = {
+        name: tuple([digest_of(tensor) for _, tensor, _ in side] for side in both)
+        for name, both in parts.items()
+    }
+    for name, (_, others) in parts.items():
+        for (_, _, label), digest in zip(others, digests[name][1], strict=True):
+            theirs.setdefault(digest, []).append(label)
     found: dict[str, list[Finding]] = {}
-    for name, mine, other in pairs:
-        own = dict(_parts(other))
-        for label, piece in _parts(mine):
-            there = own.get(label)
-            if there is not None and _digest(there) == _digest(piece):
+    budget = _MAX_TURNED_BYTES
+    for name, mine, _ in pairs:
+        own = {
+            canonical: digest
+            for (canonical, _, _), digest in zip(parts[name][1], digests[name][1], strict=True)
+        }
+        for (canonical, tensor, label), digest in zip(
+            parts[name][0], digests[name][0], strict=True
+        ):
+            if own.get(canonical) == digest:
                 continue
-            told = [f"your {label} is their {one}" for one in theirs.get(_digest(piece), ())]
-            turned = _turned(piece)
-            if not told and turned is not None and there is not None:
-                told = [f"{label}: equal after transpose"] * (_digest(turned) == _digest(there))
-            found.setdefault(name, []).extend(
-                Finding(
-                    code="FC218",
-                    severity="error",
-                    key=mine.key,
-                    detail=f"`{escape(mine.key)}`: {escape(one)}",
+            told = [f"your {label} is their {one}" for one in theirs.get(digest, ())]
+            turned = _turned(tensor)
+            if not told and turned is not None and canonical in own:
+                budget -= tensor.num_bytes
+                if budget >= 0 and digest_of(turned) == own[canonical]:
+                    told = [f"your {label} is theirs: equal after transpose"]
+            if len(told) == 1:  # several are of one content, and which is which nobody can tell
+                found.setdefault(name, []).append(
+                    Finding(
+                        code="FC218",
+                        severity="error",
+                        key=mine.key,
+                        detail=f"`{escape(mine.key)}`: {told[0]}",
+                    )
                 )
-                for one in told
-            )
     return found
 
 
-def _parts(entry: Entry) -> list[tuple[str, TensorInfo]]:
-    """(name, elements) of each canonical tensor in an entry; of the entry where it has no layout."""
+def _parts(entry: Entry) -> Iterator[tuple[str, TensorInfo, str]]:
+    """(canonical name, elements, what to call it) of each tensor that is in an entry."""
     if not entry.canonical:
-        return [(entry.key, entry.step.source)]
-    return [
-        (name, _as_read(piece)) for name, piece in zip(entry.canonical, entry.pieces, strict=True)
-    ]
+        yield entry.step.name, entry.step.source, f"`{escape(entry.key)}`"
+        return
+    for at, (name, piece) in enumerate(zip(entry.canonical, entry.pieces, strict=True)):
+        key = entry.keys[at] if len(entry.keys) == len(entry.pieces) else entry.key
+        whole = piece.source is not None and piece.source.num_elements == _size(piece)
+        part = "" if whole else f" ({name.removesuffix('.weight').rpartition('.')[2]})"
+        yield name, _as_read(piece), f"`{escape(key)}`{part}"
+
+
+def _size(piece: Piece) -> int:
+    size = 1
+    for length in piece.shape:
+        size *= length
+    return size
 
 
 def _as_read(piece: Piece) -> TensorInfo:
@@ -105,11 +162,4 @@ def _turned(tensor: TensorInfo) -> TensorInfo | None:
 
 def digest_of(tensor: TensorInfo) -> str:
     """XXH3-128 of a tensor's logical bytes."""
-    return _digest(tensor)
-
-
-def _digest(tensor: TensorInfo) -> str:
-    digest = new_digest()
-    for block in read_blocks(tensor, bytearray(BLOCK_BYTES)):
-        digest.update(block)
-    return digest.hexdigest()
+    return digest_of_runs([tensor])

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flamingo_ckpt.errors import Finding, name_some
 from flamingo_ckpt.layouts.layout import group_of
+from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.likeness import Pair
 from flamingo_ckpt.sides import Entry, Side, View, are_comparable, have_one_family
 from flamingo_ckpt.tensors import TensorInfo, escape, format_shape
@@ -28,8 +29,8 @@ RESIZABLE: Mapping[str, str] = {
 def headlines(a: Side, b: Side) -> Iterable[Finding]:
     """What explains many keys at once: other models, mixed layouts, another interval."""
     yield from _kinds(a, b)
-    for side, label in ((a, "A"), (b, "B")):
-        yield from _mixed(side, label)
+    for side, other, label in ((a, b, "A"), (b, a, "B")):
+        yield from _mixed(side, other, label)
     yield from _interval(a, b)
 
 
@@ -56,12 +57,14 @@ def _kinds(a: Side, b: Side) -> Iterable[Finding]:
         )
 
 
-def _mixed(side: Side, label: str) -> Iterable[Finding]:
+def _mixed(side: Side, other: Side, label: str) -> Iterable[Finding]:
     found = side.detection
     if found is None or found.elsewhere is None:
         return
     layout, keys = found.elsewhere
-    if found.layout.name.split("-")[0] == layout:
+    if layout_named(layout).space != found.layout.space or all(
+        one in other.tensors for one in keys
+    ):
         return
     yield Finding(
         code="FC417",

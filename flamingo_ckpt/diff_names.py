@@ -30,8 +30,8 @@ def lost_names(a: Side, b: Side) -> Iterator[LostName]:
     """Names that one side has and the other lacks, of tensors that both have.
 
     A whole state dict has every decoder layer twice. A loader that wants all names misses the one
-    that is gone, whatever the other one holds. Names of a tree that a file has nothing of are not
-    wanted of a model; across layouts, names are not compared.
+    that is gone, whatever the other one holds. A file without a whole tree has chosen to leave it
+    out, which is no gap; across layouts, names are not compared.
     """
     if a.detection is None or b.detection is None or not _share_names(a, b):
         return
@@ -54,16 +54,17 @@ def _lost(side: Side, other: Side) -> Iterator[tuple[str, str]]:
         return
     trees = {_tree(name) for name in side.tensors}
     held: dict[str, list[str]] = {}
-    for name, canonical in side.reading.names.items():
-        for one in canonical:
-            held.setdefault(one, []).append(name)
+    for key, atoms in side.reading.names.items():
+        for atom in atoms:
+            held.setdefault(atom, []).append(key)
     told: set[str] = set()
     for canonical, names in held.items():
         if canonical not in other.reading.atoms:
             continue
         for name in _wanted(canonical, names, table):
-            is_there = _tree(name) in trees if other.is_model else name in other.tensors
-            if is_there and name not in side.tensors and name not in told:
+            is_there = other.is_model or name in other.tensors
+            has_tree = _tree(name) in trees
+            if is_there and has_tree and name not in side.tensors and name not in told:
                 told.add(name)
                 yield name, side.stored(names[0])
 

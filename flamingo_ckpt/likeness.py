@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flamingo_ckpt.formats.checksum import new_digest
@@ -12,11 +14,15 @@ from flamingo_ckpt.sides import Entry
 from flamingo_ckpt.tensors import TensorInfo, contiguous_strides
 
 #: How alike two names must be, from 0 to 1.
-_MIN_RATIO = 0.6
-# Pairs whose names are compared: more means that the sides have nothing to do with each other.
-_MAX_PAIRS = 4000
+MIN_RATIO = 0.6
+# Pairs of names that are compared, in all: a second's worth. More means that the sides have nothing
+# to do with each other.
+_MAX_PAIRS = 10_000
 # Content of keys that only one side has, read at most. The rest is paired by name.
 _MAX_READ_BYTES = 64 << 20
+# Names that are longer are hostile; comparing two takes the product of their lengths.
+_MAX_NAME = 300
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,41 +70,60 @@ def _pair(mine: str, other: str, left: dict[str, Entry], right: dict[str, Entry]
 def _by_content(
     left: Mapping[str, Entry], right: Mapping[str, Entry]
 ) -> list[tuple[str, str, str]]:
-    total = sum(entry.step.num_bytes for side in (left, right) for entry in side.values())
-    if not left or not right or total > _MAX_READ_BYTES:
+    """(A's name, B's name, evidence) where one tensor of each side has the content, and no more."""
+    sizes = {_size(entry) for entry in left.values()} & {_size(one) for one in right.values()}
+    mine, others = (
+        {name: entry for name, entry in side.items() if _size(entry) in sizes}
+        for side in (left, right)
+    )
+    total = sum(entry.step.num_bytes for side in (mine, others) for entry in side.values())
+    if not sizes or total > _MAX_READ_BYTES:
         return []
-    known: dict[str, list[str]] = {}
-    for name, entry in right.items():
-        known.setdefault(digest_of_step(entry), []).append(name)
-    found: list[tuple[str, str, str]] = []
-    taken: set[str] = set()
-    for name, entry in left.items():
-        for digest, why in _digests(entry):
-            fitting = [one for one in known.get(digest, ()) if one not in taken]
-            if len(fitting) == 1:
-                taken.add(fitting[0])
-                found.append((name, fitting[0], why))
+    known: dict[tuple[str, object], list[str]] = {}
+    for name, entry in others.items():
+        known.setdefault((digest_of_step(entry), entry.shape), []).append(name)
+    fitting: list[tuple[str, str, str]] = []
+    for name, entry in mine.items():
+        for key, why in _contents(entry):
+            if key in known:
+                fitting += [(name, other, why) for other in known[key]]
                 break
-    return found
+    # tensors of one content, such as zeros, say nothing about which is which
+    ours = Counter(name for name, _, _ in fitting)
+    theirs = Counter(name for _, name, _ in fitting)
+    return [one for one in fitting if ours[one[0]] == theirs[one[1]] == 1]
 
 
-def _digests(entry: Entry) -> Iterator[tuple[str, str]]:
-    yield digest_of_step(entry), "same content"
-    if len(entry.shape) == 2 and len(entry.step.runs) == 1:
-        run = entry.step.runs[0]
-        rows, columns = entry.shape
-        if run.strides is None and run.storage is not None:
-            strides = contiguous_strides(entry.shape)
-            turned = replace(run, shape=(columns, rows), strides=strides[::-1])
-            yield _digest([turned]), "equal after transpose"
+def _size(entry: Entry) -> tuple[str, int]:
+    return entry.dtype.name, entry.step.num_bytes
+
+
+def _contents(entry: Entry) -> Iterator[tuple[tuple[str, object], str]]:
+    """((digest, shape), evidence) that a tensor of the same content would have."""
+    yield (digest_of_step(entry), entry.shape), "same content"
+    turned = turned_run(entry)
+    if turned is not None:
+        yield (digest_of_runs([turned]), turned.shape), "equal after transpose"
+
+
+def turned_run(entry: Entry) -> TensorInfo | None:
+    """The transpose of a matrix that lies in one contiguous run; None for anything else."""
+    runs = entry.step.runs
+    if len(entry.shape) != 2 or len(runs) != 1:
+        return None
+    if runs[0].strides is not None or runs[0].storage is None:
+        return None
+    strides = contiguous_strides(entry.shape)
+    return replace(runs[0], shape=entry.shape[::-1], strides=strides[::-1])
 
 
 def digest_of_step(entry: Entry) -> str:
     """XXH3-128 of an entry's bytes."""
-    return _digest(entry.step.runs)
+    return digest_of_runs(entry.step.runs)
 
 
-def _digest(runs: tuple[TensorInfo, ...] | list[TensorInfo]) -> str:
+def digest_of_runs(runs: Iterable[TensorInfo]) -> str:
+    """XXH3-128 of the logical bytes of tensors, one after the other."""
     digest, buffer = new_digest(), bytearray(BLOCK_BYTES)
     for run in runs:
         for block in read_blocks(run, buffer):
@@ -107,33 +132,50 @@ def _digest(runs: tuple[TensorInfo, ...] | list[TensorInfo]) -> str:
 
 
 def _by_name(left: Mapping[str, Entry], right: Mapping[str, Entry]) -> list[tuple[str, str]]:
-    """The nearest names of equal shape and dtype, best first; a tie decides nothing."""
-    buckets: dict[object, tuple[list[str], list[str]]] = {}
-    for side, entries in enumerate((left, right)):
-        for name, entry in entries.items():
-            key = (entry.shape, entry.dtype.name)
-            buckets.setdefault(key, ([], []))[side].append(name)
-    scored: list[tuple[float, str, str]] = []
-    for ours, theirs in buckets.values():
-        if len(ours) * len(theirs) <= _MAX_PAIRS:
-            scored += [
-                (ratio, mine, other)
-                for mine in ours
-                for other in theirs
-                if (ratio := _ratio(mine, other)) >= _MIN_RATIO
-            ]
+    """The nearest names of equal shape and dtype, best first; where two are as near, none."""
     found: list[tuple[str, str]] = []
     taken: set[tuple[int, str]] = set()
-    for _, mine, other in sorted(scored, key=lambda one: (-one[0], one[1], one[2])):
-        if (0, mine) not in taken and (1, other) not in taken:
-            taken |= {(0, mine), (1, other)}
-            found.append((mine, other))
+    by_ratio: dict[float, list[tuple[str, str]]] = {}
+    for ratio, mine, other in _scored(left, right):
+        by_ratio.setdefault(ratio, []).append((mine, other))
+    for ratio in sorted(by_ratio, reverse=True):
+        free = [
+            (mine, other)
+            for mine, other in by_ratio[ratio]
+            if (0, mine) not in taken and (1, other) not in taken
+        ]
+        counts = Counter(name for mine, other in free for name in ((0, mine), (1, other)))
+        found += [(a, b) for a, b in free if counts[0, a] == counts[1, b] == 1]
+        taken |= counts.keys()
     return found
 
 
-def _ratio(mine: str, other: str) -> float:
-    """How alike two names are. Other numbers are other tensors, not misspellings."""
-    ours, theirs = mine.split("."), other.split(".")
-    if [one for one in ours if one.isdigit()] != [one for one in theirs if one.isdigit()]:
-        return 0.0
-    return difflib.SequenceMatcher(None, mine, other, autojunk=False).ratio()
+def _scored(
+    left: Mapping[str, Entry], right: Mapping[str, Entry]
+) -> Iterator[tuple[float, str, str]]:
+    """(ratio, A's name, B's name) of names with the same numbers: others are other tensors."""
+    buckets: dict[object, tuple[list[str], list[str]]] = {}
+    for side, entries in enumerate((left, right)):
+        for name, entry in entries.items():
+            if len(name) <= _MAX_NAME:
+                key = (entry.shape, entry.dtype.name, _numbers(name))
+                buckets.setdefault(key, ([], []))[side].append(name)
+    budget = _MAX_PAIRS
+    for ours, theirs in sorted(buckets.values(), key=lambda pair: len(pair[0]) * len(pair[1])):
+        budget -= len(ours) * len(theirs)
+        if budget < 0:
+            return
+        for other in theirs:
+            # it keeps what it finds out about its second sequence
+            matcher = difflib.SequenceMatcher(None, b=other, autojunk=False)
+            for mine in ours:
+                matcher.set_seq1(mine)
+                if matcher.real_quick_ratio() >= MIN_RATIO and matcher.quick_ratio() >= MIN_RATIO:
+                    ratio = matcher.ratio()
+                    if ratio >= MIN_RATIO:
+                        yield ratio, mine, other
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    """The numbered components of a name, in order."""
+    return tuple(part for part in name.split(".") if _NUMBER.fullmatch(part))

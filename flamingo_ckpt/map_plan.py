@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flamingo_ckpt.bases import Base, Supply, read_base
+from flamingo_ckpt.bases import Base, Supply, check_fit, read_base
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.layouts.axes import Strided
 from flamingo_ckpt.layouts.detect import Detection, detect
@@ -93,6 +93,8 @@ def make_map_plan(
         return _kept(manifest, options, detection)
     reading = _read(manifest, chosen, detection, mapping.dims)
     supplies = [read_base(base, detection.family, mapping.dims) for base in bases]
+    for supply in supplies:
+        check_fit(reading.atoms, supply)
     atoms, supplied = _filled(reading, supplies)
     remembered = supplied_before(manifest)
     atoms, withheld = _withhold(atoms, target, detection, remembered)
@@ -121,6 +123,7 @@ def make_map_plan(
             *chosen.findings,
             *resized.findings,
             *_withheld_findings(withheld.keys() - remembered, reading, target),
+            *_loss_findings(placed_out, reading, target),
             *base_findings(supplies, supplied),
         ),
         layout=detection,
@@ -341,6 +344,23 @@ def _dropped_keys(reading: Reading, reasons: Mapping[str, str]) -> list[Dropped]
         Dropped(name=key, reason=reasons[names[0]])
         for key, names in reading.names.items()
         if names and all(name in reasons for name in names)
+    ]
+
+
+def _loss_findings(
+    placed_out: Collection[str], reading: Reading, target: Layout
+) -> list[Finding]:
+    """Trained tensors that the target has no place for. No Flamingo uses its tower's projection."""
+    return [
+        Finding(
+            code="FC414",
+            severity="warning",
+            key=key,
+            detail=f"`{escape(key)}` has no place in `{target.name}`: the conversion loses it",
+        )
+        for key, names in reading.names.items()
+        if any(name in placed_out and group_of(name) not in ("vision", "lm.rest") for name in names)
+        or any(name in placed_out and "_added." in name for name in names)
     ]
 
 

@@ -205,7 +205,8 @@ def _names(
     except CkptError as error:
         if error.code not in ("FC202", "FC505"):
             raise
-        return _names_as_they_are(manifest), None, (error.as_finding(),)
+        told = replace(error.as_finding(), severity="warning")
+        return _names_as_they_are(manifest), None, (told,)
     return chosen.names, chosen.prefix, chosen.findings
 
 

@@ -81,6 +81,7 @@ def fit_rows(
     zeros: list[TensorInfo] = []
     findings: list[Finding] = []
     metadata: dict[str, str] = {}
+    zero_rows: list[str] = []
     if wanted != lead.shape[0]:
         metadata[ROWS_KEY] = str(lead.shape[0])
     changed: dict[str, Assembled] = {}
@@ -93,7 +94,9 @@ def fit_rows(
         changed[tensor.name] = _resized(tensor, wanted)
         findings.append(_finding(tensor, wanted, rows, canonical in supplied))
         if wanted > have and canonical in supplied:
-            metadata[ZERO_ROWS_KEY] = f"{tensor.name}:{have}-{wanted - 1}"
+            zero_rows.append(f"{tensor.name}:{have}-{wanted - 1}")
+    if zero_rows:
+        metadata[ZERO_ROWS_KEY] = ",".join(zero_rows)
     return Resized(
         tensors=tuple(changed.get(one.name, one) for one in tensors),
         zeros=tuple(zeros),

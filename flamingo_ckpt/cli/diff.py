@@ -63,12 +63,12 @@ def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -
         exit_code=0 if result.is_same else 1,
         inputs=tuple(
             describe_input(
-                side.manifest, None, side.detection.layout.name if side.detection else None
+                side.manifest, side.prefix, side.detection.layout.name if side.detection else None
             )
             for side in (a, b)
         ),
         summary=summary_of(result),
-        findings=(*a.manifest.findings, *b.manifest.findings, *result.findings),
+        findings=_findings(a, b, result),
         duration_seconds=time.monotonic() - started,
         extra={
             "level": result.level,
@@ -80,3 +80,11 @@ def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -
             "expected_absent": dict(result.expected_absent),
         },
     )
+
+
+def _findings(a: Any, b: Any, result: Any) -> tuple[Any, ...]:
+    """Of the files themselves, each once, then of the comparison."""
+    files = [finding for side in (a, b) for finding in (*side.manifest.findings, *side.findings)]
+    seen = list(dict.fromkeys((one.code, one.severity, one.detail) for one in files))
+    first = {(one.code, one.severity, one.detail): one for one in reversed(files)}
+    return (*(first[key] for key in seen), *result.findings)

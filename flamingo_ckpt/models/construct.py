@@ -78,7 +78,7 @@ def _quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as advice
 
     level = advice.get_verbosity()
-    advice.set_verbosity_error()
+    advice.set_verbosity(advice.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

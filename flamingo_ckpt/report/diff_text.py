@@ -1,4 +1,4 @@
-"""A diff as text: folded, short, and with the verdict last."""
+"""A diff as text: what explains most comes first, keys are folded, and the verdict is last."""
 
 from __future__ import annotations
 
@@ -10,81 +10,100 @@ from flamingo_ckpt.report.fold import fold
 from flamingo_ckpt.tensors import escape
 
 _MAX_ROWS = 12
+#: Codes in the order in which they are told, with a word for each.
 _WORDS: Mapping[str, str] = {
-    "FC203": "missing",
-    "FC204": "unexpected",
+    "FC416": "other models",
+    "FC417": "two layouts",
+    "FC217": "interval",
+    "FC202": "two values",
+    "FC216": "resizable",
     "FC205": "shape",
     "FC206": "dtype",
-    "FC214": "renamed?",
-    "FC215": "absent",
-    "FC216": "resizable",
-    "FC217": "interval",
     "FC218": "moved",
-    "FC202": "twins",
     "FC301": "bits",
-    "FC209": "left out",
+    "FC214": "renamed?",
+    "FC203": "missing",
+    "FC204": "unexpected",
 }
-#: Findings whose keys say all there is to say; the others are told in full.
-_KEYS_ONLY = ("FC203", "FC204", "FC215")
+_COMPARED = {"keys": "names", "headers": "names, dtypes and shapes", "bits": "every bit"}
+_FLAGS = {"vision": "--base-vision", "language": "--base-language"}
 
 
 def render_diff(report: Report, *, verbose: bool) -> list[str]:
-    """Counts, then what differs by kind, then the verdict."""
-    summary = report.summary
+    """What differs by kind, what does not matter, then the verdict with the counts."""
     lines = [""]
     errors = [one for one in report.findings if one.severity == "error"]
-    for code in dict.fromkeys(one.code for one in errors):
-        group = [one for one in errors if one.code == code]
-        lines += _group(code, group, verbose)
-    absent = [one for one in report.findings if one.code == "FC215"]
+    codes = dict.fromkeys(one.code for one in errors)
+    for code in sorted(codes, key=_rank):
+        lines += _group("error", [one for one in errors if one.code == code], verbose)
+    lines += _absent(report.findings, verbose)
+    for severity, word in (("warning", "warning"), ("info", "note")):
+        rest = [one for one in report.findings if one.severity == severity and one.code != "FC215"]
+        for code in dict.fromkeys(one.code for one in rest):
+            lines += _group(word, [one for one in rest if one.code == code], verbose)
+    return [*lines, _verdict(report)]
+
+
+def _rank(code: str) -> int:
+    known = list(_WORDS)
+    return known.index(code) if code in known else len(known)
+
+
+def _verdict(report: Report) -> str:
+    counts = ", ".join(
+        f"{number} {name.replace('_', ' ')}"
+        for name, number in report.summary.items()
+        if number or name == "same"
+    )
+    word = "same" if report.verdict == "pass" else "differs"
+    return f"{word}: {counts} (compared: {_COMPARED[report.extra['level']]})"
+
+
+def _absent(findings: Iterable[Finding], verbose: bool) -> list[str]:
+    lines: list[str] = []
+    absent = [one for one in findings if one.code == "FC215"]
     for base in dict.fromkeys(one.data["base"] for one in absent):
         keys = [one for one in absent if one.data["base"] == base]
-        lines.append(f"absent by design: {len(keys)} keys that the {base} base supplies")
+        lines.append(
+            f"absent by design: {_keys(len(keys))} of the {base} base "
+            f"(convert {_FLAGS[base]} supplies them)"
+        )
         if verbose:
-            lines += _folded(keys, verbose)
-    lines += [
-        f"note {one.code}  {one.detail}"
-        for one in report.findings
-        if one.severity == "info" and one.code != "FC215"
-    ][: None if verbose else _MAX_ROWS]
-    lines += [
-        f"warning {one.code}  {one.detail}" for one in report.findings if one.severity == "warning"
-    ]
-    counts = ", ".join(
-        f"{number} {name.replace('_', ' ')}" for name, number in summary.items() if number
-    )
-    compared = {"keys": "names", "headers": "names, dtypes and shapes", "bits": "bits"}
-    told = compared[report.extra["level"]]
-    lines.append(
-        f"same: {counts} (compared: {told})"
-        if report.verdict == "pass"
-        else f"differs: {counts} (compared: {told})"
-    )
+            lines += _rows([(one.key or "", "") for one in keys], verbose)
     return lines
 
 
-def _group(code: str, group: Sequence[Finding], verbose: bool) -> list[str]:
-    word = _WORDS.get(code, code)
-    if code in _KEYS_ONLY:
-        return [f"error {code}  {word}: {len(group)}", *_folded(group, verbose)]
-    shown = group if verbose else group[:_MAX_ROWS]
-    lines: list[str] = []
-    for one in shown:
-        lines.append(f"error {code}  {word}: {one.detail}")
-        if one.hint:
-            lines.append(f"  hint: {one.hint}")
-    if len(group) > len(shown):
-        lines.append(f"  and {len(group) - len(shown)} more, see -v or --json")
+def _group(word: str, group: Sequence[Finding], verbose: bool) -> list[str]:
+    """One finding in full, several as a heading with folded keys; each hint once."""
+    code = group[0].code
+    named = f"{word} {code}  {_WORDS.get(code, group[0].title)}"
+    facts = [(one.key or "", _facts(one)) for one in group]
+    if len(group) == 1 or any(fact is None for _, fact in facts):
+        shown = group if verbose else group[:_MAX_ROWS]
+        lines = [f"{named}: {one.detail}" for one in shown]
+        if len(group) > len(shown):
+            lines.append(f"  and {len(group) - len(shown)} more, see -v or --json")
+    else:
+        told = [(key, fact or "") for key, fact in facts]
+        lines = [f"{named}: {_keys(len({key for key, _ in told}))}", *_rows(told, verbose)]
+    hints = list(dict.fromkeys(one.hint for one in group if one.hint))
+    lines += [f"  hint: {hint}" for hint in (hints if verbose else hints[:3])]
+    if len(hints) > 3 and not verbose:
+        lines.append(f"  and {len(hints) - 3} more hints, see -v or --json")
     return lines
 
 
-def _folded(group: Iterable[Finding], verbose: bool) -> list[str]:
-    rows = fold([(one.key or "", _after_key(one)) for one in group])
+def _keys(number: int) -> str:
+    return f"{number} key" + ("" if number == 1 else "s")
+
+
+def _rows(entries: Sequence[tuple[str, str]], verbose: bool) -> list[str]:
+    rows = fold(entries)
     shown = rows if verbose else rows[:_MAX_ROWS]
     lines = [
         f"  {escape(row.pattern())}"
         + (f"  x{row.count}" if row.count > 1 else "")
-        + f"  {row.facts}"
+        + (f"  {row.facts}" if row.facts else "")
         for row in shown
     ]
     if len(rows) > len(shown):
@@ -93,7 +112,9 @@ def _folded(group: Iterable[Finding], verbose: bool) -> list[str]:
     return lines
 
 
-def _after_key(finding: Finding) -> str:
-    """What the detail says behind the key: `(F32 64x1024)`."""
-    _, found, rest = finding.detail.partition("` (")
-    return "(" + rest.split(")")[0] + ")" if found else ""
+def _facts(finding: Finding) -> str | None:
+    """What the detail says behind the key; None where it does not begin with the key."""
+    start = f"`{escape(finding.key or '')}`"
+    if not finding.key or not finding.detail.startswith(start):
+        return None
+    return finding.detail[len(start) :].lstrip(": ")

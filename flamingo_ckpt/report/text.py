@@ -95,6 +95,8 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
         )
     for path, number in extra["details"].get("alias_trees", {}).items():
         lines.append(f"alias      {count(number, 'name')} under `{path}` in the whole state dict")
+    if extra.get("layout"):
+        lines += _layout_evidence(extra["layout"], verbose)
     for group in _some(extra["tied"], verbose):
         lines.append("tied       " + " = ".join(f"`{escape(name)}`" for name in group))
     if len(extra["files"]) > 1:
@@ -110,6 +112,18 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
             lines.append(f"metadata   {escape(key)}: {shown}")
     if extra["pickle_globals"]:
         lines += _globals(extra["pickle_globals"])
+    return lines
+
+
+def _layout_evidence(layout: Mapping[str, Any], verbose: bool) -> list[str]:
+    lines = [f"layout     {layout['name']}: {layout['title']}; {layout['evidence']}"]
+    unknown = layout["unknown"]
+    if unknown:
+        told = ", ".join(f"`{escape(name)}`" for name in _some(unknown, verbose))
+        more = len(unknown) - len(_some(unknown, verbose))
+        lines.append(
+            f"           no rule for {told}" + (f" and {more} more, see -v" if more else "")
+        )
     return lines
 
 
