@@ -39,12 +39,15 @@ def _kinds(a: Side, b: Side) -> Iterable[Finding]:
         return
     told = [f"`{side.detection.title}`" for side in (a, b) if side.detection is not None]
     if not are_comparable(a, b):
-        spaces = [side.detection.layout.space for side in (a, b) if side.detection is not None]
+        layouts = [side.detection.layout for side in (a, b) if side.detection is not None]
+        refused = [one.refused for one in layouts if one.refused]
         yield Finding(
             code="FC416",
             severity="error",
-            detail=f"A is a {spaces[0]} model in layout {told[0]}, B a {spaces[1]} model in layout "
-            f"{told[1]}: no map leads from one to the other, so keys are compared as stored",
+            detail=f"A is a {layouts[0].space} model in layout {told[0]}, B a {layouts[1].space} "
+            f"model in layout {told[1]}: no map leads from one to the other"
+            + (f" ({refused[0]})" if refused else "")
+            + ", so keys are compared as stored",
         )
     elif not have_one_family(a, b):
         yield Finding(
@@ -119,7 +122,8 @@ def header(mine: Entry, other: Entry, b: Side) -> Finding | None:
     }
     there = "in the model" if b.is_model else "in B"
     if mine.shape != other.shape:
-        found = _shape_difference(mine, other, there)
+        layout = b.detection.layout.name if b.detection is not None else "LAYOUT"
+        found = _shape_difference(mine, other, there, layout)
         also = f", and {mine.dtype} here, {other.dtype} {there}" * (mine.dtype is not other.dtype)
         return replace(found, detail=f"`{key}`: {found.detail}{also}", data=data)
     if mine.dtype is not other.dtype:
@@ -134,10 +138,10 @@ def header(mine: Entry, other: Entry, b: Side) -> Finding | None:
     return None
 
 
-def _shape_difference(mine: Entry, other: Entry, there: str) -> Finding:
+def _shape_difference(mine: Entry, other: Entry, there: str, layout: str) -> Finding:
     what = RESIZABLE.get(mine.canonical[0]) if len(mine.canonical) == 1 else None
     if what and mine.shape and mine.shape[1:] == other.shape[1:]:
-        return _resizable(mine, other, there, what)
+        return _resizable(mine, other, there, what, layout)
     told = f"{format_shape(mine.shape)} here, {format_shape(other.shape)} {there}"
     if mine.shape == other.shape[::-1]:
         told += ": transposed"
@@ -146,11 +150,11 @@ def _shape_difference(mine: Entry, other: Entry, there: str) -> Finding:
     return Finding(code="FC205", severity="error", key=mine.key, detail=told)
 
 
-def _resizable(mine: Entry, other: Entry, there: str, what: str) -> Finding:
+def _resizable(mine: Entry, other: Entry, there: str, what: str, layout: str) -> Finding:
     rows = mine.shape[0], other.shape[0]
     hint, grids = None, ""
     if what == "vocabulary" and mine.canonical[0].startswith("lm."):
-        hint = f"`convert --to LAYOUT --vocab-rows {rows[1]}` pads or cuts it"
+        hint = f"`convert --to {layout} --vocab-rows {rows[1]}` pads or cuts it"
     elif mine.canonical[0].startswith("vision."):
         sizes = [_grid(one) for one in rows]
         if all(sizes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ _MAX_READ_BYTES = 64 << 20
 # Names that are longer are hostile; comparing two takes the product of their lengths.
 _MAX_NAME = 300
 _NUMBER = re.compile(r"\d+")
+_LOCAL = threading.local()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +126,19 @@ def digest_of_step(entry: Entry) -> str:
 
 def digest_of_runs(runs: Iterable[TensorInfo]) -> str:
     """XXH3-128 of the logical bytes of tensors, one after the other."""
-    digest, buffer = new_digest(), bytearray(BLOCK_BYTES)
+    digest, buffer = new_digest(), _buffer()
     for run in runs:
         for block in read_blocks(run, buffer):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _buffer() -> bytearray:
+    """A thread's own: clearing a new one takes longer than reading a small tensor."""
+    found = getattr(_LOCAL, "buffer", None)
+    if found is None:
+        found = _LOCAL.buffer = bytearray(BLOCK_BYTES)
+    return found
 
 
 def _by_name(left: Mapping[str, Entry], right: Mapping[str, Entry]) -> list[tuple[str, str]]:

@@ -269,7 +269,8 @@ def are_comparable(a: Side, b: Side) -> bool:
     """Whether both are of one kind of model, so that a map leads from one to the other."""
     if a.detection is None or b.detection is None:
         return False
-    return a.detection.layout.space == b.detection.layout.space
+    one, other = a.detection.layout, b.detection.layout
+    return one is other or (one.space == other.space and not (one.refused or other.refused))
 
 
 def have_one_family(a: Side, b: Side) -> bool:

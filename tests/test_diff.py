@@ -199,7 +199,7 @@ def test_clip_in_all_its_layouts(folder: Path) -> None:
         "openai": zoo.save_torch(clip.openai, folder / "openai.pt"),
         "hf": zoo.save_folder(clip.hf, clip.config, folder / "hf-clip"),
     }
-    count = {name: 110 for name in files} | {"hf": 142}
+    count = dict.fromkeys(files, 110) | {"hf": 142}
     for a in files:
         assert diff(files[a], f"model:{files['hf']}/config.json").code == 0
         for b in files:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+from flamingo_ckpt import provenance, vocabulary
 from flamingo_ckpt.cli.main import VERBS, cli
+from flamingo_ckpt.errors import CODES
+from flamingo_ckpt.layouts.registry import LAYOUTS
+from flamingo_ckpt.models.presets import PRESETS
+from flamingo_ckpt.prepare import PARTIAL_FIELD
+from tests import zoo
 from tests.support import cli_ok
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +53,7 @@ def mentions(text: str, flag: str) -> bool:
 
 def section(verb: str) -> str:
     """The part of the README about one verb."""
-    found = re.search(rf"^### {verb} SRC.*?(?=^##)", README, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^### {verb} [A-Z\[].*?(?=^##)", README, re.MULTILINE | re.DOTALL)
     assert found is not None, f"the README has no section about {verb}"
     return found[0]
 
@@ -91,17 +101,110 @@ def test_every_path_that_is_named_exists() -> None:
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-def test_every_field_of_a_report_is_documented() -> None:
+def fields_of(value: Any) -> set[str]:
+    """The names of a report's fields: its own, and those of the objects in it that are no maps."""
+    document = dict(value)
+    inner = [document["tool"], document["summary"], *document["inputs"], *document["findings"]]
+    inner += [
+        *document.get("tensors", ()),
+        *document.get("layouts", ()),
+        *document.get("rules", ()),
+    ]
+    inner.append(document.get("layout") or {})
+    return {field for part in (document, *inner) for field in part}
+
+
+def test_every_field_of_a_report_is_documented(tmp_path: Path) -> None:
     fixture = ROOT / "fixtures" / "tiny.safetensors"
+    llama = zoo.openflamingo("llama")
+    partial = zoo.save_torch(llama.partial, tmp_path / "partial.pt")
     for arguments in (
         ("inspect", fixture, "--tensors"),
+        ("inspect", partial),
+        ("inspect", "model:vit-b-32"),
         ("verify", fixture, fixture),
         ("convert", fixture, "not-written.safetensors", "--dry-run"),
+        ("convert", partial, tmp_path / "hf", "--to", "hf-flamingo"),
+        ("diff", partial, tmp_path / "hf"),
+        ("layouts",),
+        ("layouts", "hf-flamingo"),
     ):
         document = cli_ok(*arguments, "--json").document
-        fields = {*document, *document["summary"], *document["inputs"][0], *document["tool"]}
-        missing = [field for field in sorted(fields) if f"`{field}" not in README]
-        assert missing == []
+        named = sorted(fields_of(document))
+        assert [field for field in named if f"`{field}" not in README] == []
+
+
+def test_every_layout_is_documented_and_no_other() -> None:
+    text = re.search(r"^## Layouts.*?(?=^## )", README, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    rows = [line.split("|")[1] for line in text[0].splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(name for name in named if not name.startswith("flamingo_ckpt.")) == sorted(
+        LAYOUTS
+    )
+    for layout in LAYOUTS.values():
+        if layout.lossy or layout.read_only or layout.refused:
+            (row,) = [
+                line
+                for line in text[0].splitlines()
+                if line.startswith("|") and f"`{layout.name}`" in line.split("|")[1]
+            ]
+            assert any(word in row for word in ("lossy", "read only", "never converted"))
+
+
+def test_every_preset_is_documented_and_no_other() -> None:
+    text = re.search(r"^\| presets \|.*?^$", README, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    named = set()
+    for row in text[0].splitlines():
+        names = re.findall(r"`([a-z0-9][^`]*)`", row)
+        suffixes = re.findall(r"`(-[^`]+)`", row)
+        named |= {name + suffix for name in names for suffix in suffixes}
+        if not suffixes or "also" in row:
+            named |= set(names)
+    assert named == set(PRESETS)
+
+
+def test_every_finding_code_exists() -> None:
+    named = set(re.findall(r"\bFC\d+\b", README))
+    assert len(named) > 15
+    assert named <= set(CODES)
+
+
+def test_what_a_converted_file_remembers_is_documented() -> None:
+    keys = {
+        provenance.BASE_KEY,
+        provenance.PARTIAL_KEY,
+        vocabulary.ROWS_KEY,
+        vocabulary.ZERO_ROWS_KEY,
+    }
+    rows = re.findall(r"^\| `(flamingo_ckpt\.\w+)` \|", README, re.MULTILINE)
+    assert sorted(rows) == sorted(keys)
+    assert f"`{PARTIAL_FIELD}`" in README
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="staging is Linux only")
+def test_the_session_is_what_the_demo_prints(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    done = subprocess.run(
+        ["sh", ROOT / "fixtures" / "demo.sh"],
+        env={
+            **os.environ,
+            "DEMO_DIR": str(demo),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = done.stdout.replace(str(demo), ".demo").splitlines()
+    text = re.search(r"^## A session.*?^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    session = text[1].replace(" \\\n     ", "").splitlines()
+    assert len(session) > 50
+    assert [line for line in session if line != "  ..." and line not in printed] == []
 
 
 def code_in(text: str) -> list[str]:

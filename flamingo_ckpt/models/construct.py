@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# `logging.ERROR`
+_ERRORS_ONLY = 40
 #: name -> (group, base, whether a release has it); aliases are asked about by their own name.
 Classify = Callable[[str, bool], tuple[str, str | None, bool]]
 
@@ -78,7 +80,7 @@ def _quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as advice
 
     level = advice.get_verbosity()
-    advice.set_verbosity(advice.ERROR)
+    advice.set_verbosity(_ERRORS_ONLY)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -25,6 +25,8 @@ _WORDS: Mapping[str, str] = {
     "FC203": "missing",
     "FC204": "unexpected",
 }
+#: Where the heading of a group says what the detail of each key says.
+_SAID_ABOVE = ("FC203", "FC204")
 _COMPARED = {"keys": "names", "headers": "names, dtypes and shapes", "bits": "every bit"}
 _FLAGS = {"vision": "--base-vision", "language": "--base-language"}
 
@@ -77,7 +79,7 @@ def _group(word: str, group: Sequence[Finding], verbose: bool) -> list[str]:
     """One finding in full, several as a heading with folded keys; each hint once."""
     code = group[0].code
     named = f"{word} {code}  {_WORDS.get(code, group[0].title)}"
-    facts = [(one.key or "", _facts(one)) for one in group]
+    facts = [(one.key or "", _facts(one, verbose)) for one in group]
     if len(group) == 1 or any(fact is None for _, fact in facts):
         shown = group if verbose else group[:_MAX_ROWS]
         lines = [f"{named}: {one.detail}" for one in shown]
@@ -112,9 +114,15 @@ def _rows(entries: Sequence[tuple[str, str]], verbose: bool) -> list[str]:
     return lines
 
 
-def _facts(finding: Finding) -> str | None:
+def _facts(finding: Finding, verbose: bool) -> str | None:
     """What the detail says behind the key; None where it does not begin with the key."""
     start = f"`{escape(finding.key or '')}`"
     if not finding.key or not finding.detail.startswith(start):
         return None
-    return finding.detail[len(start) :].lstrip(": ")
+    told = finding.detail[len(start) :].lstrip(": ")
+    tensor, _, why = told.partition(": ")
+    if finding.code not in _SAID_ABOVE or verbose:
+        return told
+    # the heading says that it is missing; what is left is the tensor, and why if it is no rename
+    tensor = tensor.partition(")")[0] + ")"
+    return tensor if not why or why.startswith("it would be ") else f"{tensor}: {why}"
