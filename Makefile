@@ -20,7 +20,7 @@ help: ## this list
 		printf '%-16s%s\n' "$$name" "$$what"
 	done
 
-demo: $(STAMP) ## convert and verify a small training checkpoint, step by step
+demo: $(STAMP) ## convert, verify and compare a small training checkpoint, step by step
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh fixtures/demo.sh
 
 test: lint ## linters, types, and every test

@@ -81,7 +81,8 @@ def read_base(base: Base, family: str, dims: Mapping[str, int]) -> Supply:
     detection = detect(chosen.names, manifest.uri)
     if detection.layout.name not in layouts:
         raise CkptError(
-            f"--base-{base.kind} is `{detection.title}`, which does not hold what is wanted",
+            f"--base-{base.kind} is `{detection.title}`, which has no "
+            + ("CLIP image tower" if base.kind == "vision" else "language model of Flamingo's"),
             code="FC420",
             where=manifest.uri,
             hint="it reads " + ", ".join(layouts),

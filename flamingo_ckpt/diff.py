@@ -88,7 +88,7 @@ def diff(
     _sort(ours, theirs, a, b, found)
     if level == "bits":
         _meet_copies(ours, theirs, found)
-    _pair(ours, theirs, a, b, level, found)
+    _pair(ours, a, b, level, found)
     different = _compare(a, b, level, found)
     changed = [name for name, _, _ in found.both if name in different]
     return DiffResult(
@@ -155,9 +155,7 @@ def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
         _lose(lost, by_key[not lost.by_a].get(lost.other_key), found)
 
 
-def _sort_strangers(
-    ours: Mapping[str, Entry], theirs: Mapping[str, Entry], found: _Sorted
-) -> None:
+def _sort_strangers(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], found: _Sorted) -> None:
     """Keys that no rule takes, or whose shape their rule cannot: compare them by their names."""
     for name, entry in ours.items():
         other = theirs.get(name) or found.missing.pop(name, None)
@@ -264,7 +262,7 @@ def _meet_copies(ours: View, theirs: View, found: _Sorted) -> None:
                 found.notes.append(tell.tied(head, embed[0], label))
 
 
-def _pair(ours: View, theirs: View, a: Side, b: Side, level: str, found: _Sorted) -> None:
+def _pair(ours: View, a: Side, b: Side, level: str, found: _Sorted) -> None:
     """Take out of the missing and the unexpected what is one tensor under two names."""
     for name, (entry, layout) in ours.respelt.items():
         other = found.missing.get(name)
@@ -275,9 +273,8 @@ def _pair(ours: View, theirs: View, a: Side, b: Side, level: str, found: _Sorted
             found.pairs.append(
                 Pair(ours=taken[0], theirs=name, our_key=entry.key, their_key=other.key, why=why)
             )
-    del theirs
-    if are_comparable(a, b) and not have_one_family(a, b):
-        return  # the names of another language model are no misspellings
+    if a.detection and b.detection and not (are_comparable(a, b) and have_one_family(a, b)):
+        return  # the names of another model are no misspellings
     reads = level != "keys" and not a.is_model and not b.is_model
     for pair in find_renamed(found.unexpected, found.missing, reads=reads):
         del found.unexpected[pair.ours], found.missing[pair.theirs]

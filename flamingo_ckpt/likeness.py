@@ -84,13 +84,13 @@ def _by_content(
     known: dict[tuple[str, object], list[str]] = {}
     for name, entry in others.items():
         known.setdefault((digest_of_step(entry), entry.shape), []).append(name)
-    fitting: list[tuple[str, str, str]] = []
-    for name, entry in mine.items():
-        for key, why in _contents(entry):
-            if key in known:
-                fitting += [(name, other, why) for other in known[key]]
-                break
     # tensors of one content, such as zeros, say nothing about which is which
+    fitting = [
+        (name, known[key][0], why)
+        for name, entry in mine.items()
+        for key, why in _contents(entry)
+        if len(known.get(key, ())) == 1
+    ]
     ours = Counter(name for name, _, _ in fitting)
     theirs = Counter(name for _, name, _ in fitting)
     return [one for one in fitting if ours[one[0]] == theirs[one[1]] == 1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flamingo_ckpt.errors import CkptError, name_some
 from flamingo_ckpt.layouts.clip import ALWAYS_THERE, UNSUPPORTED
 from flamingo_ckpt.layouts.detect import Detection
-from flamingo_ckpt.layouts.layout import Layout
+from flamingo_ckpt.layouts.layout import Layout, group_of
 from flamingo_ckpt.layouts.mapping import Piece
 from flamingo_ckpt.layouts.rules import split_numbers
 from flamingo_ckpt.layouts.timm_clip import ZEROS
@@ -19,10 +19,15 @@ from flamingo_ckpt.vocabulary import EMBED, HEAD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """One key of the model that the destination should hold."""
+    """One key of the model that the destination should hold.
+
+    Attributes:
+        canonical: the first canonical name in it.
+    """
 
     name: str
     shape: tuple[int, ...]
+    canonical: str
 
 
 def check_interchangeable(source: Layout, target: Layout, where: str) -> None:
@@ -146,23 +151,30 @@ def refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None
 
 
 def check_expected(
-    steps: Sequence[Step], expected: Sequence[Expected], told_by: str, where: str
+    steps: Sequence[Step],
+    expected: Sequence[Expected],
+    optional: Collection[str],
+    told_by: str,
+    where: str,
 ) -> tuple[str, ...]:
     """Compare with the model's own keys; returns those that are absent by design.
 
     Args:
         steps: of the destination.
         expected: the model's keys; empty where no config was given.
+        optional: groups that the destination may lack.
         told_by: the config, for messages.
         where: the source, for messages.
 
     Raises:
-        CkptError: FC204 a key that the model lacks, FC205 a shape that is not the model's.
+        CkptError: FC203 a key that nothing supplies, FC204 a key that the model lacks, FC205
+            another shape.
     """
     if not expected:
         return ()
+    by_name = {one.name: one for one in expected}
     there = {name: step for step in steps for name in (step.name, *step.aliases)}
-    wanted = {one.name: one.shape for one in expected}
+    wanted = {name: one.shape for name, one in by_name.items()}
     for name, step in there.items():
         shape = wanted.get(name)
         if shape is not None and shape != step.shape:
@@ -188,4 +200,15 @@ def check_expected(
             key=extra[0],
             hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
         )
-    return tuple(name for name in wanted if name not in there)
+    absent = [one for name, one in by_name.items() if name not in there]
+    holes = [one.name for one in absent if group_of(one.canonical) not in optional]
+    if holes:
+        raise CkptError(
+            f"the model has {name_some([escape(name) for name in holes])}, and neither the "
+            "checkpoint nor a base supplies it",
+            code="FC203",
+            where=where,
+            key=holes[0],
+            hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
+        )
+    return tuple(one.name for one in absent)

@@ -107,7 +107,13 @@ def make_map_plan(
     tensors = spelt_as_before(_zero_filled(assembly.tensors, target), manifest, table)
     resized = fit_rows(tensors, mapping.rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
-    absent = check_expected(steps, mapping.expected, mapping.where_expected, manifest.uri)
+    absent = check_expected(
+        steps,
+        mapping.expected,
+        _optional_groups(target, atoms),
+        mapping.where_expected,
+        manifest.uri,
+    )
     partial = _is_partial(target, atoms)
     return Plan(
         source=manifest,
@@ -225,8 +231,8 @@ def _withhold(
         # Upstream's filter keeps whatever has "embed" in its key, GPT-NeoX's head among it, and a
         # second name of the embedding.
         is_kept = group_of(name).startswith("lm.") and (
-            (place is not None and "embed" in place.name)
-            or (embed is not None and piece.identity == embed.identity)
+            place is not None
+            and ("embed" in place.name or (embed is not None and piece.identity == embed.identity))
         )
         if reason and (not is_kept or name in remembered):
             withheld[name] = reason
@@ -332,6 +338,15 @@ def _is_same(run: TensorInfo, stored: TensorInfo) -> bool:
     )
 
 
+def _optional_groups(target: Layout, atoms: Mapping[str, Piece]) -> set[str]:
+    """Groups that the destination may lack: towers that are withheld, or that nobody gave."""
+    if target.space != "flamingo":
+        return set()
+    lacking = {"vision", "lm.layers"} - {group_of(name) for name in atoms}
+    # what a language model has besides its layers comes and goes with them
+    return lacking | set(target.withheld) | ({"lm.rest"} if "lm.layers" in lacking else set())
+
+
 def _is_partial(target: Layout, atoms: Mapping[str, Piece]) -> bool:
     """Whether a Flamingo lacks a tower, where the target layout is a whole model's."""
     groups = {group_of(name) for name in atoms}
@@ -347,9 +362,7 @@ def _dropped_keys(reading: Reading, reasons: Mapping[str, str]) -> list[Dropped]
     ]
 
 
-def _loss_findings(
-    placed_out: Collection[str], reading: Reading, target: Layout
-) -> list[Finding]:
+def _loss_findings(placed_out: Collection[str], reading: Reading, target: Layout) -> list[Finding]:
     """Trained tensors that the target has no place for. No Flamingo uses its tower's projection."""
     return [
         Finding(

@@ -28,6 +28,12 @@ from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
 if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
+#: A preset to show, by what kind of model is converted.
+_PRESET_OF_SPACE = {
+    "flamingo": "openflamingo-3b-vitl-mpt1b",
+    "clip": "vit-l-14-quickgelu",
+    "paligemma": "paligemma-3b-pt-224",
+}
 #: What a folder's `config.json` says of a conversion that could not be complete.
 PARTIAL_FIELD = "flamingo_ckpt"
 
@@ -176,9 +182,9 @@ def _expected(config: ModelConfig | None, target: Layout, rows: Rows) -> tuple[E
         return ()
     found = expected_tensors(config, target)
     return tuple(
-        Expected(name=tensor.name, shape=tensor.shape)
+        Expected(name=tensor.name, shape=tensor.shape, canonical=canonical)
         if canonical not in (EMBED, *HEAD) or rows.wanted is None
-        else Expected(name=tensor.name, shape=(rows.wanted, *tensor.shape[1:]))
+        else Expected(name=tensor.name, shape=(rows.wanted, *tensor.shape[1:]), canonical=canonical)
         for canonical, tensor in found
     )
 
@@ -193,7 +199,8 @@ def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, Ten
 
     expectation = expect(config)
     source = layout_named(expectation.layout)
-    if source.space != target.space:
+    of_language_model = config.kind == "language"
+    if source.space != target.space or of_language_model != (target.name == "language-model"):
         raise CkptError(
             f"the config is of a {config.kind} model, and `{target.name}` names the tensors of a "
             f"{target.space} model",
@@ -234,13 +241,15 @@ def _with_config(
             content[PARTIAL_FIELD] = {"partial": True}
         return Prepared(plan=plan, generated={"config.json": _json(content)})
     if not plan.partial and request.checks_config:
+        preset = _PRESET_OF_SPACE.get(plan.target.space if plan.target else "", "")
         raise CkptError(
             "the result is a whole model, and what no shape tells (heads, activation, epsilon) is "
             "not known",
             code="FC421",
             where=manifest.uri,
-            hint="--config names its config.json or a preset, such as "
-            "--config openflamingo-3b-vitl-mpt1b; a .safetensors file as destination needs none",
+            hint="--config names its config.json or a preset"
+            + (f", such as --config {preset}" if preset else "")
+            + "; a .safetensors file as destination needs none",
         )
     families = plan.layout.families if plan.layout else ()
     inferred = infer_config(shapes, family=families[0] if len(families) == 1 else None)

@@ -138,6 +138,7 @@ def test_dry_run_gives_the_plan(tmp_path: Path) -> None:
         {
             "name": "w",
             "source": "module.w",
+            "transformed": False,
             "dtype": "BF16",
             "shape": [2, 3],
             "num_bytes": 12,

@@ -11,7 +11,8 @@ from flamingo_ckpt.cli.options import (
     ByteSize,
     describe_inputs,
     mapping_options,
-    open_and_plan,
+    open_source,
+    plan_source,
     verb,
 )
 from flamingo_ckpt.cli.output import Output
@@ -29,8 +30,7 @@ Examples:
   flamingo-ckpt convert model.safetensors back.pt
   flamingo-ckpt convert checkpoint.pt half/ --dtype bfloat16 --dry-run
   flamingo-ckpt convert checkpoint.pt hf/ --to hf-flamingo
-  flamingo-ckpt convert checkpoint.pt hf/ --to hf-flamingo --config openflamingo-3b-vitl-mpt1b \\
-      --base-vision ViT-L-14.pt --base-language mpt-1b/
+  flamingo-ckpt convert ck.pt hf/ --to hf-flamingo --config model.json --base-vision clip.pt
 """
 
 
@@ -78,7 +78,7 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     from flamingo_ckpt.write_plan import choose_format, omissions, planned_files
 
     _, is_folder = choose_format(chosen["dst"], chosen["format"])
-    prepared = open_and_plan(chosen, is_folder=is_folder)
+    prepared = plan_source(open_source(chosen), chosen, is_folder=is_folder)
     plan = prepared.plan
     manifest = plan.source
     options = ConvertOptions(

@@ -202,28 +202,35 @@ def open_bases(chosen: Mapping[str, Any]) -> tuple[Base, ...]:
     )
 
 
-def open_and_plan(
+def open_source(chosen: Mapping[str, Any]) -> Manifest:
+    """Open SRC, by the options of `mapping_options`."""
+    from flamingo_ckpt.formats import open_checkpoint
+
+    return open_checkpoint(
+        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
+    )
+
+
+def plan_source(
+    manifest: Manifest,
     chosen: Mapping[str, Any],
     *,
     is_folder: bool = False,
     writes: bool = True,
     to: str | None = None,
 ) -> Prepared:
-    """Open SRC and plan what becomes of its names, by the options of `mapping_options`.
+    """Plan what becomes of SRC's names, by the options of `mapping_options`.
 
     Args:
+        manifest: of SRC.
         chosen: the options.
         is_folder: whether the destination is a folder.
         writes: whether it is to be written, or only compared.
         to: layout of the destination, where no option names one.
     """
-    from flamingo_ckpt.formats import open_checkpoint
     from flamingo_ckpt.prepare import Request, prepare
     from flamingo_ckpt.selection import PlanOptions
 
-    manifest = open_checkpoint(
-        chosen["src"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
-    )
     options = PlanOptions(
         keep_prefix=chosen["keep_prefix"],
         include=chosen["include"],

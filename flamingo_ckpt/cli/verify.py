@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from flamingo_ckpt.cli.options import describe_inputs, mapping_options, open_and_plan, verb
+from flamingo_ckpt.cli.options import (
+    describe_inputs,
+    mapping_options,
+    open_source,
+    plan_source,
+    verb,
+)
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report, describe_input
 
@@ -37,9 +43,10 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     from flamingo_ckpt.verify import judge, summary_of
     from flamingo_ckpt.verify import verify as compare
 
+    source = open_source(chosen)
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
     found = find_layout(written)
-    plan = open_and_plan(chosen, writes=False, to=found.layout.name if found else None).plan
+    plan = plan_source(source, chosen, writes=False, to=found.layout.name if found else None).plan
     with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
         result = compare(plan, written, progress.phase("verifying"))
     prefix = describe_prefixes({strip_wrappers(t.name)[1] for t in written.tensors})

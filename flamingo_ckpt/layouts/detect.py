@@ -57,7 +57,7 @@ class Detection:
     def evidence(self) -> str:
         """`334 of 334 keys fit; next: hf-flamingo with 61`."""
         next_best = (
-            f"; next: {self.runner_up[0]} with {self.runner_up[1]}" if self.runner_up else ""
+            f"; next best: {self.runner_up[0]}, {self.runner_up[1]}" if self.runner_up else ""
         )
         return f"{self.num_fit} of {self.num_keys} keys fit{next_best}"
 

@@ -26,10 +26,13 @@ def layout_named(name: str) -> Layout:
     """
     layout = LAYOUTS.get(name)
     if layout is None:
-        near = difflib.get_close_matches(name, LAYOUTS, n=1)
+        near = [one for one in LAYOUTS if name and name in one]
+        near = near or difflib.get_close_matches(name, LAYOUTS, n=1)
         raise CkptError(
             f"there is no layout `{escape(name)}`; there are " + ", ".join(LAYOUTS),
             code="FC410",
-            hint=f"did you mean `{near[0]}`?" if near else "`flamingo-ckpt layouts` lists them",
+            hint="did you mean " + " or ".join(f"`{one}`" for one in near) + "?"
+            if near
+            else "`flamingo-ckpt layouts` lists them",
         )
     return layout

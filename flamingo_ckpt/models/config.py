@@ -169,6 +169,8 @@ def _config_path(name: str) -> str:
         return name
     import difflib
 
+    if "/" in name or name.endswith(".json"):
+        raise CkptError(f"there is no `{escape(name)}`", code="FC404", where=name)
     close = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
     raise CkptError(
         f"no model `{escape(name)}`: neither a file or folder nor a preset",

@@ -184,8 +184,9 @@ def _flamingo(config: ModelConfig, layout: str) -> Built:
 def _language_config(config: ModelConfig) -> tuple[dict[str, Any], Family | None, str]:
     data, by_hand = config.data, config.data.get("decoder_layers_attr_name")
     text = dict(data["text_config"] if config.kind == "flamingo" else data)
-    if text.get("tie_word_embeddings") is None:
-        text["tie_word_embeddings"] = data.get("tie_word_embeddings")
+    tied = data.get("tie_word_embeddings")
+    if text.get("tie_word_embeddings") is None and tied is not None:
+        text["tie_word_embeddings"] = tied
     family = find_family(Fields(text, "text_config.", config.where), by_hand)
     return text, family, family.layers if family is not None else str(by_hand)
 

@@ -16,7 +16,7 @@ def to_markdown(report: Report) -> str:
     lines = [f"# flamingo-ckpt {report.command}: {_WORDS[report.verdict]}", ""]
     lines += ["`" + _code("flamingo-ckpt " + " ".join(report.argv)) + "`", ""]
     if report.inputs:
-        columns = ("uri", "format", "wrapper", "prefix", "num_tensors", "num_bytes")
+        columns = ("uri", "format", "layout", "wrapper", "prefix", "num_tensors", "num_bytes")
         lines += _table(columns, ([one[name] for name in columns] for one in report.inputs))
     if report.summary:
         counts = [(name, value) for name, value in report.summary.items() if name != "files"]

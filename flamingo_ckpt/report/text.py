@@ -232,12 +232,19 @@ def _verify(report: Report) -> list[str]:
     ]
     lines = [f"{count(total, 'tensor')} derived again from the source"]
     lines += [f"  {name:<11}{number}" for name, number in rows if number or name == "bit-exact"]
-    lines.append(
-        "faithful: every tensor is there, bit for bit"
-        + (" after the cast" if summary["cast"] else "")
-        if report.verdict == "pass"
-        else "not faithful"
-    )
+    unverified = len(report.extra["unverified"])
+    if unverified:
+        lines.append(f"  not checked {unverified}: a base supplied them, and none is given here")
+    if report.verdict == "pass":
+        cast = " after the cast" if summary["cast"] else ""
+        lines.append("faithful: every tensor is there, bit for bit" + cast)
+    elif report.verdict == "incomplete":
+        lines.append(
+            "incomplete: what the source holds is there; --base-vision and --base-language name "
+            "what the rest is compared with"
+        )
+    else:
+        lines.append("not faithful")
     return lines
 
 
@@ -245,7 +252,12 @@ def _findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
     """Errors and warnings one by one, the informative ones counted by kind unless asked for."""
     lines: list[str] = []
     for severity in ("error", "warning"):
-        found = [finding for finding in findings if finding.severity == severity]
+        found = [
+            finding
+            for finding in findings
+            # counted by `verify` itself, which names the bases once
+            if finding.severity == severity and (verbose or finding.code != "FC215")
+        ]
         for finding in _some(found, verbose):
             lines.append(f"{severity} {finding.code}  {finding.detail}")
             if finding.hint:

@@ -356,8 +356,11 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CkptError, match=r"has no config\.json") as caught:
         read_config(str(tmp_path))
     assert caught.value.code == "FC404"
-    with pytest.raises(CkptError, match="neither a file or folder nor a preset") as caught:
+    with pytest.raises(CkptError, match=r"there is no `.*absent\.json`") as caught:
         read_config(str(tmp_path / "absent.json"))
+    assert caught.value.code == "FC404"
+    with pytest.raises(CkptError, match="neither a file or folder nor a preset") as caught:
+        read_config("model:something")
     assert caught.value.code == "FC404"
     assert "vit-b-32" in (caught.value.hint or "")
 
