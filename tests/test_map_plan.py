@@ -174,7 +174,7 @@ def test_a_key_that_is_missing(files: Refusals, key: str, tmp_path: Path) -> Non
     for bases in ([], files.bases):
         finding = refused("FC203", tmp_path, src, "--config", files.config(), *bases)
         assert finding["key"] == key.replace(".0.to_kv", ".to_kv")
-        assert "nothing holds the model's" in finding["detail"]
+        assert "and neither the checkpoint nor a base supplies it" in finding["detail"]
 
 
 def test_a_base_that_is_cut_short(files: Refusals, tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def lm(files: Refusals, hidden: int = 48, layers: int = 4) -> Path:
 @pytest.mark.parametrize(
     ("size", "told"),
     [
-        ({"hidden": 64}, "is made for a width of 48, and the base's `model.embed_tokens.weight`"),
-        ({"layers": 2}, "a gated block before decoder layer 3, and the base's last layer is 1"),
-        ({"layers": 8}, "before layer 3, and the base has layers up to 7"),
+        ({"hidden": 64}, "was trained on a language model of width 48, the base's is 64"),
+        ({"layers": 2}, "before layer 3 at last, and the base has 2 layers"),
+        ({"layers": 8}, "before layer 3 at last, and the base has 8 layers"),
     ],
 )
 def test_a_language_model_of_another_size(
@@ -299,7 +299,7 @@ def test_a_tower_of_another_width(files: Refusals, tmp_path: Path) -> None:
     clip = files.model.clip | {"visual.class_embedding": torch.randn(32)}
     src = files.save("narrow", clip)
     finding = refused("FC420", tmp_path, files.partial, "--base-vision", src)
-    assert "`perceiver.latents` of the checkpoint is made for a width of 64" in finding["detail"]
+    assert "was trained on a vision model of width 64, the base's is 32" in finding["detail"]
 
 
 def test_a_language_model_of_another_family(files: Refusals, tmp_path: Path) -> None:

@@ -180,6 +180,15 @@ def check_paligemma(fields: Fields, data: dict[str, Any]) -> None:
     data["projection_dim"] = projection
 
 
+def check_siglip(fields: Fields, data: dict[str, Any]) -> None:  # noqa: ARG001
+    """transformers' SiglipModel: read for the numbers of heads, which big_vision's shapes need."""
+    for name in ("vision", "text"):
+        tower = fields.section(f"{name}_config")
+        width = tower.integer("hidden_size")
+        heads = tower.integer("num_attention_heads", high=MAX_HEADS)
+        tower.divisible("hidden_size", width, "num_attention_heads", heads)
+
+
 def check_language_model(fields: Fields, data: dict[str, Any]) -> None:  # noqa: ARG001
     """A causal language model alone."""
     _check_dtype(fields)

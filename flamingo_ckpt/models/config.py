@@ -22,6 +22,7 @@ from flamingo_ckpt.models.check_config import (
     check_language_model,
     check_open_clip,
     check_paligemma,
+    check_siglip,
 )
 from flamingo_ckpt.models.families import FAMILIES
 from flamingo_ckpt.models.fields import Fields
@@ -40,7 +41,7 @@ class ModelConfig:
     """A checked description of a model.
 
     Attributes:
-        kind: `flamingo`, `clip`, `clip_vision`, `paligemma` or `language`.
+        kind: `flamingo`, `clip`, `clip_vision`, `paligemma`, `siglip` or `language`.
         data: the config as given, completed with the sizes that it may leave out.
         where: the file or preset it came from, for messages.
         layout: key layout of the model's releases: `openflamingo`, `openflamingo-v1`,
@@ -104,6 +105,7 @@ _CHECKS = {
     ("clip", "hf-clip"): check_clip,
     ("clip_vision", "hf-clip"): check_clip_vision,
     ("paligemma", "paligemma"): check_paligemma,
+    ("siglip", "open_clip-siglip"): check_siglip,
     ("language", "language-model"): check_language_model,
 }
 _KINDS = {
@@ -112,6 +114,7 @@ _KINDS = {
     "clip": ("clip", "hf-clip"),
     "clip_vision_model": ("clip_vision", "hf-clip"),
     "paligemma": ("paligemma", "paligemma"),
+    "siglip": ("siglip", "open_clip-siglip"),
 }
 
 

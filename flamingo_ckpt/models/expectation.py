@@ -125,10 +125,11 @@ def expect(config: ModelConfig, layout: str | None = None) -> Expectation:
     from flamingo_ckpt.models import cache
 
     layout = layout or config.layout
-    if layout not in LAYOUTS[config.kind]:
+    known = LAYOUTS.get(config.kind, ())
+    if layout not in known:
         raise CkptError(
             f"a {config.kind} model has no form in the layout `{layout}`; it has: "
-            + ", ".join(LAYOUTS[config.kind]),
+            + (", ".join(known) or "none, its config only tells numbers of heads"),
             code="FC405",
             where=config.where,
         )

@@ -98,7 +98,7 @@ def test_the_evidence_is_counted() -> None:
     assert count == sum(fits.match(name) is not None for name in names)
     assert 0 < count < len(names)
     assert detection.evidence == (
-        f"{len(names)} of {len(names) + 2} keys fit; next: {other} with {count}"
+        f"{len(names)} of {len(names) + 2} keys fit; next best: {other}, {count}"
     )
     assert detection.title == "hf-flamingo (llama)"
 
