@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.bases import Base
+from flamingo_ckpt.diff.sides import Side, checkpoint_side, model_side
 from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.layout import Layout
@@ -21,7 +22,6 @@ from flamingo_ckpt.map_checks import Expected
 from flamingo_ckpt.map_plan import MapOptions, make_map_plan
 from flamingo_ckpt.plan import Plan, make_plan
 from flamingo_ckpt.selection import PlanOptions
-from flamingo_ckpt.sides import Side, checkpoint_side, model_side
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
 from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
 

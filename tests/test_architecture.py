@@ -40,13 +40,11 @@ ALLOWED: dict[str, set[str]] = {
     "map_checks": GROUND | {"layouts", "plan", "vocabulary"},
     "map_plan": GROUND
     | {"layouts", "plan", "selection", "bases", "vocabulary", "provenance", "map_checks"},
-    "sides": GROUND | {"layouts", "plan", "selection", "provenance", "models"},
-    "likeness": GROUND | {"formats", "sides"},
-    "diff_bits": GROUND | {"formats", "layouts", "sides", "stream", "verify"},
-    "diff": GROUND | {"layouts", "sides", "likeness", "diff_bits"},
+    "diff": GROUND
+    | {"formats", "layouts", "plan", "selection", "provenance", "stream", "verify", "models"},
     "prepare": GROUND
     | {"formats", "layouts", "plan", "selection", "bases", "vocabulary", "map_plan", "map_checks"}
-    | {"sides", "models"},
+    | {"diff", "models"},
     # the version of the tool is part of every document
     "report": GROUND | {""},
     "cli": GROUND

@@ -43,8 +43,8 @@ def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -
     Where their layouts differ they are compared through the map. Exit 0 when nothing differs but
     what is absent by design, 1 when something does, 2 when there is no answer.
     """
-    from flamingo_ckpt.diff import diff as compare
-    from flamingo_ckpt.diff import summary_of
+    from flamingo_ckpt.diff.compare import diff as compare
+    from flamingo_ckpt.diff.compare import summary_of
     from flamingo_ckpt.prepare import open_sides
 
     a, b, dims = open_sides(

@@ -181,7 +181,7 @@ def check_paligemma(fields: Fields, data: dict[str, Any]) -> None:
 
 
 def check_siglip(fields: Fields, data: dict[str, Any]) -> None:  # noqa: ARG001
-    """transformers' SiglipModel: read for the numbers of heads, which big_vision's shapes need."""
+    """Transformers' SiglipModel: read for the numbers of heads, which big_vision's shapes need."""
     for name in ("vision", "text"):
         tower = fields.section(f"{name}_config")
         width = tower.integer("hidden_size")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
+from flamingo_ckpt.diff.likeness import Pair
+from flamingo_ckpt.diff.sides import Entry, Side, View, are_comparable, have_one_family
 from flamingo_ckpt.errors import Finding, name_some
 from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.registry import layout_named
-from flamingo_ckpt.likeness import Pair
-from flamingo_ckpt.sides import Entry, Side, View, are_comparable, have_one_family
 from flamingo_ckpt.tensors import TensorInfo, escape, format_shape
 
 EMBED, HEAD = "lm.embed_tokens.weight", "lm.head.weight"
@@ -361,6 +361,6 @@ def _differ(one: TensorInfo, other: TensorInfo, level: str) -> bool:
         return True
     if level != "bits" or one.identity == other.identity:
         return False
-    from flamingo_ckpt.diff_bits import digest_of
+    from flamingo_ckpt.diff.bits import digest_of
 
     return digest_of(one) != digest_of(other)

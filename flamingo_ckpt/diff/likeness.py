@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from flamingo_ckpt.diff.sides import Entry
 from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
-from flamingo_ckpt.sides import Entry
 from flamingo_ckpt.tensors import TensorInfo, contiguous_strides
 
 #: How alike two names must be, from 0 to 1.

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flamingo_ckpt import diff_findings as tell
-from flamingo_ckpt.diff_names import LostName, lost_names
+from flamingo_ckpt.diff import findings as tell
+from flamingo_ckpt.diff.likeness import Pair, find_renamed
+from flamingo_ckpt.diff.names import LostName, lost_names
+from flamingo_ckpt.diff.sides import Entry, Side, View, are_comparable, have_one_family, views
 from flamingo_ckpt.errors import CkptError, Finding
-from flamingo_ckpt.likeness import Pair, find_renamed
-from flamingo_ckpt.sides import Entry, Side, View, are_comparable, have_one_family, views
 from flamingo_ckpt.tensors import escape
 
 #: What is compared: names; also dtype and shape; also the bits.
@@ -249,7 +249,7 @@ def _lose(lost: LostName, entry: Entry | None, found: _Sorted) -> None:
 
 def _meet_copies(ours: View, theirs: View, found: _Sorted) -> None:
     """A head that only one side stores is no difference where it is a copy of the embedding."""
-    from flamingo_ckpt.diff_bits import digest_of_step
+    from flamingo_ckpt.diff.bits import digest_of_step
 
     for rest, view, label in ((found.missing, theirs, "B"), (found.unexpected, ours, "A")):
         embed = [one for one in view.entries.values() if one.canonical == (tell.EMBED,)]
@@ -291,7 +291,7 @@ def _compare(a: Side, b: Side, level: str, found: _Sorted) -> dict[str, list[Fin
         if (finding := tell.header(mine, other, b)) is not None
     }
     if level == "bits":
-        from flamingo_ckpt.diff_bits import compare_bits
+        from flamingo_ckpt.diff.bits import compare_bits
 
         alike: Sequence[tuple[str, Entry, Entry]] = [
             one for one in found.both if one[0] not in different

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flamingo_ckpt.diff.sides import Side
 from flamingo_ckpt.layouts.rules import Table, split_numbers
-from flamingo_ckpt.sides import Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

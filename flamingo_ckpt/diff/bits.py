@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from flamingo_ckpt.diff.likeness import digest_of_runs, digest_of_step
+from flamingo_ckpt.diff.sides import Entry, Side
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.layouts.mapping import Piece
-from flamingo_ckpt.likeness import digest_of_runs, digest_of_step
-from flamingo_ckpt.sides import Entry, Side
 from flamingo_ckpt.stream import (
     Derived,
     check_storages,

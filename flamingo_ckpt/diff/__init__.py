@@ -1,0 +1,1 @@
+"""What differs between two sides: `sides` names them alike, `compare` sorts the keys."""
