@@ -149,13 +149,26 @@ def _sort(ours: View, theirs: View, a: Side, b: Side, found: _Sorted) -> None:
             found.both.append((name, mine, entry))
     _sort_rest(theirs, ours, a, "B", found.missing, found)
     _sort_rest(ours, theirs, b, "A", found.unexpected, found)
-    _sort_strangers(ours.strangers, theirs.strangers, found)
+    _sort_strangers(ours.strangers, theirs.strangers, _frozen(a, b), found)
     by_key = [{key: one for one in v.entries.values() for key in one.keys} for v in (ours, theirs)]
     for lost in lost_names(a, b):
         _lose(lost, by_key[not lost.by_a].get(lost.other_key), found)
 
 
-def _sort_strangers(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], found: _Sorted) -> None:
+def _frozen(a: Side, b: Side) -> dict[str, str]:
+    """Name -> base of what a model has from a base and A, being partial, holds nothing of."""
+    if not a.is_partial():
+        return {}
+    held = {group for name, (group, _) in b.frozen.items() if name in a.tensors}
+    return {name: base for name, (group, base) in b.frozen.items() if group not in held}
+
+
+def _sort_strangers(
+    ours: Mapping[str, Entry],
+    theirs: Mapping[str, Entry],
+    frozen: Mapping[str, str],
+    found: _Sorted,
+) -> None:
     """Keys that no rule takes, or whose shape their rule cannot: compare them by their names."""
     for name, entry in ours.items():
         other = theirs.get(name) or found.missing.pop(name, None)
@@ -166,7 +179,9 @@ def _sort_strangers(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], foun
     for name, entry in theirs.items():
         if name not in ours:
             mine = found.unexpected.pop(name, None)
-            if mine is None:
+            if mine is None and name in frozen:
+                found.absent |= dict.fromkeys(entry.keys, frozen[name])
+            elif mine is None:
                 found.missing[name] = entry
             else:
                 found.both.append((name, mine, entry))

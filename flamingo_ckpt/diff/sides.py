@@ -52,6 +52,8 @@ class Side:
         reading: its keys taken apart by that layout.
         ties: of a model: canonical name -> a tensor that it keeps under another name already, as
             the head that is the embedding; a file may hold it a second time.
+        frozen: of a model: name -> (group, base) of what a base supplies, for language models that
+            no table knows.
         groups: parts of a model that it holds something of.
         prefix: the wrapper prefixes that were removed, or None.
         findings: about its names.
@@ -64,6 +66,7 @@ class Side:
     detection: Detection | None
     reading: Reading | None
     ties: Mapping[str, Piece] = field(default_factory=dict)
+    frozen: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     groups: frozenset[str] = frozenset()
     prefix: str | None = None
     findings: tuple[Finding, ...] = ()
@@ -85,15 +88,16 @@ class Side:
         layers goes by itself (training with FSDP saves the head and leaves out the last norm), but
         for a whole state dict.
         """
-        if self.is_model or self.detection is None or not self._is_partial():
+        if self.is_model or not self.is_partial():
             return ""
         group = group_of(canonical)
         is_there = ("vision" if group == "lm.rest" else group) in self.groups
         return "" if is_there else BASE_OF_GROUP.get(group, "")
 
-    def _is_partial(self) -> bool:
+    def is_partial(self) -> bool:
         """Whether files of its kind leave the frozen towers to their own releases."""
-        assert self.detection is not None
+        if self.detection is None:
+            return False
         layout = self.detection.layout
         if layout.space != "flamingo" or layout.name == "language-model":
             return False
@@ -236,7 +240,8 @@ def model_side(config: ModelConfig, layout: str, dims: Mapping[str, int]) -> Sid
     detection = detect(names, config.where, among=(layout,))
     side = _side(manifest, True, names, detection, dims)
     table = detection.layout.table(detection.family)
-    return replace(side, ties=read_atoms(ties, table, dims).atoms)
+    frozen = {one.name: (one.group, one.base) for one in expectation.tensors if one.base}
+    return replace(side, ties=read_atoms(ties, table, dims).atoms, frozen=frozen)
 
 
 def _side(
