@@ -6,7 +6,7 @@ checkpoint always wins: a base supplies only what is not there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from flamingo_ckpt.errors import CkptError, name_some
@@ -64,12 +64,12 @@ class Supply:
     is_tied: bool
 
 
-def read_base(base: Base, family: str, dims: Mapping[str, int]) -> Supply:
+def read_base(base: Base, families: Collection[str], dims: Mapping[str, int]) -> Supply:
     """Take a base apart into canonical tensors.
 
     Args:
         base: what the user named.
-        family: of the checkpoint's language model; "" where nothing is known of it.
+        families: that the checkpoint's language model may be of; none where nothing is known.
         dims: sizes that no shape tells.
 
     Raises:
@@ -87,9 +87,10 @@ def read_base(base: Base, family: str, dims: Mapping[str, int]) -> Supply:
             where=manifest.uri,
             hint="it reads " + ", ".join(layouts),
         )
-    if base.kind == "language" and family and family not in detection.families:
+    if base.kind == "language" and families and not {*families} & {*detection.families}:
         raise CkptError(
-            f"the checkpoint's language model is {family}, the base's is {detection.family}",
+            f"the checkpoint's language model is {' or '.join(families)}, the base's is "
+            f"{' or '.join(detection.families)}",
             code="FC420",
             where=manifest.uri,
             hint="name the release that the checkpoint was trained on",
@@ -142,15 +143,24 @@ def check_fit(atoms: Mapping[str, Piece], supply: Supply) -> None:
     if supply.base.kind == "language":
         layers = {int(name.split(".")[2]) for name in supply.atoms if _LAYER in name}
         gated = {int(name.split(".")[1]) for name in atoms if name.startswith("xattn.")}
-        beyond = sorted(gated - layers)
-        if layers and beyond:
+        wanted = _gated_of(gated, layers)
+        if layers and (gated - layers or gated < wanted):
             raise CkptError(
-                f"the checkpoint has gated cross-attention before layer {beyond[0]}, and the base "
-                f"has {len(layers)} layers",
+                f"the checkpoint has gated cross-attention before layer {max(gated)} at last, and "
+                f"the base has {len(layers)} layers",
                 code="FC420",
                 where=supply.base.manifest.uri,
                 hint="name the release that the checkpoint was trained on",
             )
+
+
+def _gated_of(gated: set[int], layers: set[int]) -> set[int]:
+    """The layers of a base that have gated blocks, at the interval that the checkpoint shows."""
+    if not gated or not layers:
+        return set()
+    every = min(gated) + 1
+    is_regular = gated == {*range(every - 1, max(gated) + 1, every)}
+    return {*range(every - 1, max(layers) + 1, every)} if is_regular else set()
 
 
 _LAYER = "lm.layers."

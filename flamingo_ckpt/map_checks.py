@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from flamingo_ckpt.errors import CkptError, name_some
+from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.layouts.clip import ALWAYS_THERE, UNSUPPORTED
 from flamingo_ckpt.layouts.detect import Detection
 from flamingo_ckpt.layouts.layout import Layout, group_of
-from flamingo_ckpt.layouts.mapping import Piece
+from flamingo_ckpt.layouts.mapping import Assembled, Piece
 from flamingo_ckpt.layouts.rules import split_numbers
 from flamingo_ckpt.layouts.timm_clip import ZEROS
-from flamingo_ckpt.plan import Step
 from flamingo_ckpt.tensors import escape, format_shape
 from flamingo_ckpt.vocabulary import EMBED, HEAD
 
@@ -73,6 +72,19 @@ def unknown_keys(detection: Detection, where: str) -> CkptError:
         hint=f"`flamingo-ckpt layouts {detection.layout.name}` prints its rules; leave keys out "
         "with --exclude",
     )
+
+
+def unknown_kept(detection: Detection) -> list[Finding]:
+    """The same keys where nothing is converted: a word, and no refusal."""
+    return [
+        Finding(
+            code="FC413",
+            severity="warning",
+            key=name,
+            detail=f"`{escape(name)}` fits no rule of `{detection.title}`; it is kept",
+        )
+        for name in detection.unknown
+    ]
 
 
 def _form_of(names: Sequence[str]) -> str:
@@ -150,8 +162,18 @@ def refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None
         )
 
 
+def in_rows(expected: Sequence[Expected], rows: int | None) -> tuple[Expected, ...]:
+    """The same keys with another number of rows in the vocabulary; None keeps it."""
+    return tuple(
+        one
+        if rows is None or one.canonical not in (EMBED, *HEAD)
+        else replace(one, shape=(rows, *one.shape[1:]))
+        for one in expected
+    )
+
+
 def check_expected(
-    steps: Sequence[Step],
+    tensors: Sequence[Assembled],
     expected: Sequence[Expected],
     optional: Collection[str],
     told_by: str,
@@ -160,7 +182,7 @@ def check_expected(
     """Compare with the model's own keys; returns those that are absent by design.
 
     Args:
-        steps: of the destination.
+        tensors: of the destination.
         expected: the model's keys; empty where no config was given.
         optional: groups that the destination may lack.
         told_by: the config, for messages.
@@ -168,39 +190,27 @@ def check_expected(
 
     Raises:
         CkptError: FC203 a key that nothing supplies, FC204 a key that the model lacks, FC205
-            another shape.
+            another shape, FC217 gated blocks at another interval.
     """
     if not expected:
         return ()
-    by_name = {one.name: one for one in expected}
-    there = {name: step for step in steps for name in (step.name, *step.aliases)}
-    wanted = {name: one.shape for name, one in by_name.items()}
-    for name, step in there.items():
-        shape = wanted.get(name)
-        if shape is not None and shape != step.shape:
-            raise CkptError(
-                f"`{escape(name)}` is {format_shape(step.shape)}, and the model's is "
-                f"{format_shape(shape)}",
-                code="FC205",
-                where=where,
-                key=name,
-                hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
-            )
-    # a second name of a tensor that the model has is no other tensor
-    extra = [
-        step.name
-        for step in steps
-        if not any(name in wanted for name in (step.name, *step.aliases))
-    ]
+    hint = f"the config is {told_by}; `flamingo-ckpt diff` lists every key"
+    # by canonical names: a head may keep another spelling than the model's
+    wanted = {one.canonical: one for one in expected}
+    there = {name for one in tensors for name in one.canonical}
+    _refuse_interval(there, expected, told_by, where)
+    for one in tensors:
+        like = wanted.get(one.canonical[0])
+        if like is not None and like.shape != one.shape:
+            have, want = format_shape(one.shape), format_shape(like.shape)
+            told = f"`{escape(one.name)}` is {have}, and the model's is {want}"
+            raise CkptError(told, code="FC205", where=where, key=one.name, hint=hint)
+    known = {*wanted, *_tied_heads(tensors)}
+    extra = [one.name for one in tensors if one.canonical[0] not in known]
     if extra:
-        raise CkptError(
-            f"the model has no {name_some([escape(name) for name in extra])}",
-            code="FC204",
-            where=where,
-            key=extra[0],
-            hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
-        )
-    absent = [one for name, one in by_name.items() if name not in there]
+        told = f"the model has no {name_some([escape(name) for name in extra])}"
+        raise CkptError(told, code="FC204", where=where, key=extra[0], hint=hint)
+    absent = [one for name, one in wanted.items() if name not in there]
     holes = [one.name for one in absent if group_of(one.canonical) not in optional]
     if holes:
         raise CkptError(
@@ -209,6 +219,58 @@ def check_expected(
             code="FC203",
             where=where,
             key=holes[0],
-            hint=f"the config is {told_by}; `flamingo-ckpt diff` lists every key",
+            hint=hint,
         )
     return tuple(one.name for one in absent)
+
+
+def refuse_family(detection: Detection, family: str, told_by: str) -> None:
+    """Raise FC204 where a config names another language model than the keys do."""
+    if family and detection.families and family not in detection.families:
+        raise CkptError(
+            f"the checkpoint's language model is {' or '.join(detection.families)}, and the "
+            f"config's is {family}",
+            code="FC204",
+            where=told_by,
+            hint="--config names the config of the model that is converted",
+        )
+
+
+def _tied_heads(tensors: Sequence[Assembled]) -> list[str]:
+    """Heads that are second names of the embedding: a model's keys name it once."""
+    parts = {one.canonical[0]: [piece.identity for piece in one.pieces] for one in tensors}
+    return [name for name in HEAD if name in parts and parts[name] == parts.get(EMBED)]
+
+
+def _refuse_interval(
+    there: Iterable[str], expected: Sequence[Expected], told_by: str, where: str
+) -> None:
+    have, want = _gated(there), _gated(one.canonical for one in expected)
+    if have and want and have != want:
+        ours, theirs = (", ".join(map(str, layers)) for layers in (have, want))
+        raise CkptError(
+            f"gated cross-attention stands before the decoder layers {ours}, and by the config "
+            f"before {theirs}",
+            code="FC217",
+            where=where,
+            hint=f"correct `cross_attn_every_n_layers` in {told_by}, or the number of layers",
+        )
+
+
+def _gated(names: Iterable[str]) -> list[int]:
+    return sorted({int(name.split(".")[1]) for name in names if group_of(name) == "xattn"})
+
+
+def optional_groups(target: Layout, atoms: Mapping[str, Piece]) -> set[str]:
+    """Groups that the destination may lack: towers that are withheld, or that nobody gave."""
+    if target.space != "flamingo":
+        return set()
+    lacking = {"vision", "lm.layers"} - {group_of(name) for name in atoms}
+    # what a language model has besides its layers comes and goes with them
+    return lacking | set(target.withheld) | ({"lm.rest"} if "lm.layers" in lacking else set())
+
+
+def is_partial(target: Layout, atoms: Mapping[str, Piece]) -> bool:
+    """Whether a Flamingo lacks a tower, where the target layout is a whole model's."""
+    groups = {group_of(name) for name in atoms}
+    return target.name == "hf-flamingo" and not {"vision", "lm.layers", "perceiver"} <= groups

@@ -29,7 +29,12 @@ from flamingo_ckpt.map_checks import (
     check_expected,
     check_interchangeable,
     check_needs,
+    in_rows,
+    is_partial,
+    optional_groups,
+    refuse_family,
     refuse_faults,
+    unknown_kept,
     unknown_keys,
     unplaced_reasons,
 )
@@ -74,6 +79,10 @@ class MapOptions:
     expected: tuple[Expected, ...] = ()
     where_expected: str = ""
 
+    def rows_in(self, *, is_same: bool) -> Rows:
+        """The rows that are wanted; a file that stays in its layout has no way back to go."""
+        return Rows() if is_same and self.rows.is_remembered else self.rows
+
 
 def make_map_plan(
     manifest: Manifest, options: PlanOptions, mapping: MapOptions, bases: Sequence[Base] = ()
@@ -88,11 +97,15 @@ def make_map_plan(
     chosen = choose_tensors(manifest, options)
     among = (layout_named(mapping.source_layout).name,) if mapping.source_layout else ()
     detection = detect(chosen.names, manifest.uri, among=among)
-    check_interchangeable(detection.layout, target, manifest.uri)
-    if detection.layout is target and not bases and mapping.rows.wanted is None:
-        return _kept(manifest, options, detection)
+    is_same = detection.layout is target
+    if not is_same:
+        check_interchangeable(detection.layout, target, manifest.uri)
+    refuse_family(detection, mapping.family if mapping.expected else "", mapping.where_expected)
+    rows = mapping.rows_in(is_same=is_same)
+    if is_same and not bases and rows.wanted is None:
+        return _kept(manifest, options, chosen, detection, mapping)
     reading = _read(manifest, chosen, detection, mapping.dims)
-    supplies = [read_base(base, detection.family, mapping.dims) for base in bases]
+    supplies = [read_base(base, detection.families, mapping.dims) for base in bases]
     for supply in supplies:
         check_fit(reading.atoms, supply)
     atoms, supplied = _filled(reading, supplies)
@@ -101,27 +114,28 @@ def make_map_plan(
     check_needs(atoms, target, manifest.uri)
     table = target.table(_family(detection, supplies, mapping, target, manifest.uri))
     assembly = assemble(atoms, table, {**mapping.dims, **reading.dims})
-    empty = _zero_only(assembly.unplaced, atoms)
-    placed_out = unplaced_reasons(assembly.unplaced, atoms, target, manifest.uri)
+    # what a base holds besides was not asked for: CLIP's projection, which no Flamingo uses
+    own = [name for name in assembly.unplaced if name not in supplied]
+    empty = _zero_only(own, atoms)
+    placed_out = unplaced_reasons(own, atoms, target, manifest.uri)
     refuse_faults(assembly.faults, target, manifest.uri)
     tensors = spelt_as_before(_zero_filled(assembly.tensors, target), manifest, table)
-    resized = fit_rows(tensors, mapping.rows, frozenset(supplied), manifest.uri)
+    resized = fit_rows(tensors, rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
     absent = check_expected(
-        steps,
-        mapping.expected,
-        _optional_groups(target, atoms),
+        resized.tensors,
+        in_rows(mapping.expected, rows.wanted),
+        optional_groups(target, atoms),
         mapping.where_expected,
         manifest.uri,
     )
-    partial = _is_partial(target, atoms)
+    partial = is_partial(target, atoms)
     return Plan(
         source=manifest,
         steps=steps,
         dropped=(
             *chosen.dropped,
-            *(Dropped(name=name, reason=reason) for name, reason in reading.dropped.items()),
-            *_dropped_keys(reading, {**withheld, **placed_out}),
+            *_dropped_keys(reading, {**withheld, **placed_out}, chosen),
         ),
         renamed=sum(step.name != step.source.name for step in steps),
         prefix=chosen.prefix,
@@ -141,16 +155,28 @@ def make_map_plan(
         metadata={
             **resized.metadata,
             **spelling_metadata(reading, detection.layout.table(detection.family)),
-            **base_metadata(supplied, partial),
+            **base_metadata(supplied, remembered & atoms.keys(), partial),
         },
         partial=partial,
         others={supply.base.kind: supply.base.manifest for supply in supplies},
     )
 
 
-def _kept(manifest: Manifest, options: PlanOptions, detection: Detection) -> Plan:
+def _kept(
+    manifest: Manifest,
+    options: PlanOptions,
+    chosen: Chosen,
+    detection: Detection,
+    mapping: MapOptions,
+) -> Plan:
     """A file that is in the target layout already stays as it is."""
-    plan = make_plan(manifest, options)
+    plan, layout = make_plan(manifest, options), detection.layout
+    if mapping.expected:
+        reading = _read(manifest, chosen, detection, mapping.dims)
+        dims = {**mapping.dims, **reading.dims}
+        tensors = assemble(reading.atoms, layout.table(detection.family), dims).tensors
+        optional, where = optional_groups(layout, reading.atoms), mapping.where_expected
+        check_expected(tensors, mapping.expected, optional, where, manifest.uri)
     note = Finding(
         code="FC422",
         severity="info",
@@ -161,21 +187,10 @@ def _kept(manifest: Manifest, options: PlanOptions, detection: Detection) -> Pla
         plan,
         layout=detection,
         target=detection.layout,
-        findings=(*plan.findings, note, *_unknown_kept(detection)),
+        findings=(*plan.findings, note, *unknown_kept(detection)),
         metadata={PARTIAL_KEY: "true"} if manifest.metadata.get(PARTIAL_KEY) else {},
+        partial=bool(manifest.metadata.get(PARTIAL_KEY)),
     )
-
-
-def _unknown_kept(detection: Detection) -> list[Finding]:
-    return [
-        Finding(
-            code="FC413",
-            severity="warning",
-            key=name,
-            detail=f"`{escape(name)}` fits no rule of `{detection.title}`; it is kept",
-        )
-        for name in detection.unknown
-    ]
 
 
 def _read(
@@ -253,7 +268,9 @@ def _family(
         return ""
     for supply in supplies:
         if supply.base.kind == "language":
-            return supply.detection.family
+            # a base's own keys may fit several too
+            both = (one for one in supply.detection.families if one in detection.families)
+            return next(both, supply.detection.family)
     if mapping.family and (not detection.families or mapping.family in detection.families):
         return mapping.family
     if not detection.families:
@@ -333,32 +350,21 @@ def _is_same(run: TensorInfo, stored: TensorInfo) -> bool:
         run.storage is stored.storage
         and run.offset_bytes == stored.offset_bytes
         and run.num_elements == stored.num_elements
-        and (run.strides is None) == (stored.strides is None)
+        and run.strides == stored.strides
         and (run.strides is None or run.shape == stored.shape)
     )
 
 
-def _optional_groups(target: Layout, atoms: Mapping[str, Piece]) -> set[str]:
-    """Groups that the destination may lack: towers that are withheld, or that nobody gave."""
-    if target.space != "flamingo":
-        return set()
-    lacking = {"vision", "lm.layers"} - {group_of(name) for name in atoms}
-    # what a language model has besides its layers comes and goes with them
-    return lacking | set(target.withheld) | ({"lm.rest"} if "lm.layers" in lacking else set())
-
-
-def _is_partial(target: Layout, atoms: Mapping[str, Piece]) -> bool:
-    """Whether a Flamingo lacks a tower, where the target layout is a whole model's."""
-    groups = {group_of(name) for name in atoms}
-    return target.name == "hf-flamingo" and not {"vision", "lm.layers", "perceiver"} <= groups
-
-
-def _dropped_keys(reading: Reading, reasons: Mapping[str, str]) -> list[Dropped]:
-    """Keys all of whose canonical tensors are left out."""
-    return [
-        Dropped(name=key, reason=reasons[names[0]])
+def _dropped_keys(reading: Reading, reasons: Mapping[str, str], chosen: Chosen) -> list[Dropped]:
+    """Keys, as stored, that are left out: by their rule, or with all their canonical tensors."""
+    left_out = {
+        key: reasons[names[0]]
         for key, names in reading.names.items()
         if names and all(name in reasons for name in names)
+    }
+    return [
+        Dropped(name=chosen.names[key].name, reason=reason)
+        for key, reason in {**reading.dropped, **left_out}.items()
     ]
 
 

@@ -23,7 +23,7 @@ from flamingo_ckpt.map_plan import MapOptions, make_map_plan
 from flamingo_ckpt.plan import Plan, make_plan
 from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
-from flamingo_ckpt.vocabulary import EMBED, HEAD, ROWS_KEY, Rows
+from flamingo_ckpt.vocabulary import EMBED, ROWS_KEY, Rows
 
 if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
@@ -92,7 +92,7 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         rows=rows,
         dims=_dims(config),
         family=_family(config),
-        expected=_expected(config, target, rows) if request.config else (),
+        expected=_expected(config, target) if request.config else (),
         where_expected=config.where if config else "",
     )
     plan = make_map_plan(manifest, options, mapping, request.bases)
@@ -140,7 +140,12 @@ def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelCon
         return Rows(wanted=request.vocab_rows)
     recorded = manifest.metadata.get(ROWS_KEY, "")
     if recorded.isascii() and recorded.isdigit() and len(recorded) < 10:
-        return Rows(wanted=int(recorded), must_be_zero=True, why="as many as it had before")
+        return Rows(
+            wanted=int(recorded),
+            must_be_zero=True,
+            is_remembered=True,
+            why="as many as it had before",
+        )
     if target.space != "paligemma" or config is None or config.kind != "paligemma":
         return Rows()
     # Google's files end with the last real token; Hugging Face's are padded.
@@ -176,16 +181,13 @@ def _family(config: ModelConfig | None) -> str:
     return name if isinstance(name, str) and name in FAMILIES else ""
 
 
-def _expected(config: ModelConfig | None, target: Layout, rows: Rows) -> tuple[Expected, ...]:
+def _expected(config: ModelConfig | None, target: Layout) -> tuple[Expected, ...]:
     """The model's keys in the target layout, without second names and recomputed buffers."""
     if config is None or config.kind == "siglip":  # which tells heads, and constructs nothing
         return ()
-    found = expected_tensors(config, target)
     return tuple(
-        Expected(name=tensor.name, shape=tensor.shape, canonical=canonical)
-        if canonical not in (EMBED, *HEAD) or rows.wanted is None
-        else Expected(name=tensor.name, shape=(rows.wanted, *tensor.shape[1:]), canonical=canonical)
-        for canonical, tensor in found
+        Expected(name=tensor.name, canonical=canonical, shape=tensor.shape)
+        for canonical, tensor in expected_tensors(config, target)
     )
 
 
@@ -197,7 +199,7 @@ def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, Ten
     """
     from flamingo_ckpt.models.expectation import expect
 
-    expectation = expect(config)
+    expectation = expect(config, _fullest_layout(config, target))
     source = layout_named(expectation.layout)
     of_language_model = config.kind == "language"
     if source.space != target.space or of_language_model != (target.name == "language-model"):
@@ -227,12 +229,20 @@ def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, Ten
     ]
 
 
+def _fullest_layout(config: ModelConfig, target: Layout) -> str:
+    """The layout to ask a model in: the target's, else one that has a place for everything."""
+    from flamingo_ckpt.models.expectation import LAYOUTS
+
+    known = LAYOUTS[config.kind]
+    return next((one for one in (target.name, "openflamingo") if one in known), config.layout)
+
+
 def _with_config(
     plan: Plan, manifest: Manifest, request: Request, config: ModelConfig | None
 ) -> Prepared:
     from flamingo_ckpt.models.infer import infer_config
 
-    if _is_kept(plan):
+    if _is_kept(plan) and request.config is None:
         return Prepared(plan=plan)
     shapes = _canonical_shapes(plan)
     if config is not None and config.kind != "language":
@@ -284,7 +294,9 @@ def _hf_form(config: ModelConfig) -> dict[str, Any]:
 
 
 def _is_kept(plan: Plan) -> bool:
-    return plan.layout is not None and plan.layout.layout is plan.target and not plan.others
+    """Whether the source's own config, if it has one, still describes the destination."""
+    is_same = plan.layout is not None and plan.layout.layout is plan.target
+    return is_same and not plan.others and not plan.transformed
 
 
 def _canonical_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:

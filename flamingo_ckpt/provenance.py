@@ -6,7 +6,7 @@ Kept in the metadata of safetensors, so that the way back gives the file that wa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from flamingo_ckpt.bases import Supply
@@ -68,13 +68,23 @@ def spelt_as_before(
     return tuple(replace(one, name=key) if one.canonical == (HEAD[0],) else one for one in tensors)
 
 
-def base_metadata(supplied: Mapping[str, str], partial: bool) -> dict[str, str]:
-    """The metadata of a conversion: what bases supplied (name -> kind), and whether it is whole."""
+def base_metadata(
+    supplied: Mapping[str, str], remembered: Collection[str], partial: bool
+) -> dict[str, str]:
+    """The metadata of a conversion.
+
+    Args:
+        supplied: what bases supplied, canonical name -> kind.
+        remembered: what bases had supplied before, and is still there.
+        partial: whether a tower is missing.
+    """
     metadata = {PARTIAL_KEY: "true"} if partial else {}
-    heads = [name for name in supplied if name in HEAD]
-    if supplied:
-        # The towers are always a base's; of the rest, only what a checkpoint could also hold.
-        groups = {kind: heads if kind == "language" else [] for kind in supplied.values()}
+    # The towers are always a base's; of the rest, only what a checkpoint could also hold.
+    heads = sorted({name for name in (*supplied, *remembered) if name in HEAD})
+    groups: dict[str, list[str]] = {kind: [] for kind in supplied.values()}
+    if heads:
+        groups["language"] = heads
+    if groups:
         metadata[BASE_KEY] = json.dumps(groups, sort_keys=True)
     return metadata
 

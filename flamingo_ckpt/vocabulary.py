@@ -30,11 +30,13 @@ class Rows:
     Attributes:
         wanted: rows; None keeps the embedding's.
         must_be_zero: whether rows that are cut have to be zero.
+        is_remembered: whether the source's own metadata asks for them.
         why: who asked, for messages.
     """
 
     wanted: int | None = None
     must_be_zero: bool = False
+    is_remembered: bool = False
     why: str = "--vocab-rows"
 
 

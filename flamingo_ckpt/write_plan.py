@@ -36,6 +36,8 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 OWN_KEYS = "flamingo_ckpt."
 DIGEST_KEY = "flamingo_ckpt.source_digest"
 VERSION_KEY = "flamingo_ckpt.version"
+#: The file lacks what only a base has.
+PARTIAL_KEY = "flamingo_ckpt.partial"
 _MAX_CONFIG_BYTES = 16 << 20
 #: As long as the digest that takes its place once it is known.
 DIGEST_PLACEHOLDER = "xxh3-128:" + "0" * 32
@@ -219,6 +221,8 @@ def _metadata(plan: Plan, options: ConvertOptions) -> dict[str, str]:
         and not (key in names and value in names)
         # what was remembered of a conversion says nothing about the next one
         and not (is_mapped and key.startswith(OWN_KEYS))
+        # a base may have completed what was partial; the plan says so where it did not
+        and not (plan.others and key == PARTIAL_KEY)
     }
     metadata |= plan.metadata
     metadata.setdefault("format", "pt")

@@ -131,27 +131,38 @@ def _vlm(family: LanguageFamily) -> tuple[Rule, ...]:
     """The later branch: other names at the top, new tokens in tensors of their own."""
     block = f"lang_model.{family.layers}." + "{layer}.gated_cross_attn_layer."
     embed = f"lang_model.{family.embed.removesuffix('weight')}additional_embedding.weight"
-    head = f"lang_model.{(family.head or 'lm_head.weight').removesuffix('weight')}"
     return (
         *_perceiver("0.", "1.", "vision_tokenizer."),
         *rename({"vision_tokenizer.projection." + _P: "perceiver.projection.{p}"}),
         *_gated(block, "ff."),
         *family.rules("lang_model.", "decoder_layer."),
         Rule(native=embed, canonical="lm.embed_added.weight", loss=_NEW_TOKENS),
-        Rule(native=f"{head}additional_fc.{_P}", canonical="lm.head_added.{p}", loss=_NEW_TOKENS),
-        *(
-            ()
-            if any(rule.native == "lm_head.bias" for rule in family.rules())
-            else (
-                Rule(
-                    native=f"{head}bias",
-                    canonical="lm.head.bias",
-                    loss="a bias that was added with random values and never trained",
-                ),
-            )
-        ),
+        *_vlm_head(family, family.head or "lm_head.weight", "both"),
+        *(_vlm_head(family, family.head_read, "read") if family.head_read else ()),
         *_aliases(family, "lang_model."),
         *prefixed(OPEN_CLIP_VISION, "vision_encoder."),
+    )
+
+
+def _vlm_head(family: LanguageFamily, key: str, mode: str) -> tuple[Rule, ...]:
+    """What was put beside a head for the new tokens; GPT-NeoX's is met under two names."""
+    head = f"lang_model.{key.removesuffix('weight')}"
+    added = Rule(
+        native=f"{head}additional_fc.{_P}",
+        canonical="lm.head_added.{p}",
+        mode=mode,
+        loss=_NEW_TOKENS,
+    )
+    if any(rule.native == "lm_head.bias" for rule in family.rules()):
+        return (added,)
+    return (
+        added,
+        Rule(
+            native=f"{head}bias",
+            canonical="lm.head.bias",
+            mode=mode,
+            loss="a bias that was added with random values and never trained",
+        ),
     )
 
 

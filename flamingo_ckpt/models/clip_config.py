@@ -100,6 +100,10 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "num_hidden_layers": text.get("layers", 12),
             "num_attention_heads": text.get("heads", 8),
             "vocab_size": text.get("vocab_size", 49408),
+            # open_clip pools at the highest token; 2 asks transformers for that, as OpenAI's own do
+            "eos_token_id": 2,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
             "max_position_embeddings": text.get("context_length", 77),
             "projection_dim": data["embed_dim"],
             "hidden_act": activation,

@@ -17,7 +17,8 @@ def render_layouts(report: Report) -> list[str]:
     for space in dict.fromkeys(one["space"] for one in layouts):
         lines += [space, *(_layout(one) for one in layouts if one["space"] == space), ""]
     lines.append(
-        "Any layout is converted to any other of its group; `layouts NAME` prints the rules."
+        "A layout is converted to any other of its group, where no mark says otherwise; "
+        "`layouts NAME` prints the rules."
     )
     return lines
 
@@ -40,7 +41,9 @@ def _rules(layout: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> lis
     lines.append("")
     width = min(max((len(rule["example"]) for rule in rules), default=0), 78)
     for rule in rules:
-        becomes = ", ".join(rule["becomes"]) or f"left out: {rule['reason']}"
+        # a reason that holds for the whole layout stands above
+        why = "" if rule["reason"] == layout["refused"] else f": {rule['reason']}"
+        becomes = ", ".join(rule["becomes"]) or f"left out{why}"
         transform = rule["axes"] or (
             "" if rule["transform"] in ("rename", "drop") else rule["transform"]
         )
