@@ -22,6 +22,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _importable_oracles() -> None:
+    """open_clip, timm and transformers' CLIP, whichever test comes first and imports one."""
+    from flamingo_ckpt.models.torchvision_compat import import_torchvision
+
+    import_torchvision()
+
+
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the expectations of this run are kept: fresh in each run, never the user's own."""
