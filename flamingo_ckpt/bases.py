@@ -6,15 +6,17 @@ checkpoint always wins: a base supplies only what is not there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flamingo_ckpt.errors import CkptError, name_some
 from flamingo_ckpt.layouts.detect import Detection, detect
+from flamingo_ckpt.layouts.families import FAMILIES
 from flamingo_ckpt.layouts.layout import group_of
-from flamingo_ckpt.layouts.mapping import Piece, read_atoms
+from flamingo_ckpt.layouts.mapping import Piece, Reading, read_atoms
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.tensors import Manifest, TensorInfo, escape
+from flamingo_ckpt.vocabulary import EMBED, HEAD
 
 #: option -> the layouts that it reads, and the groups that it may fill.
 _SPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -56,12 +58,15 @@ class Supply:
     Attributes:
         atoms: canonical name -> piece, of the groups that the base is for.
         is_tied: whether the output embedding is the input embedding.
+        copies: two stored tensors that must be equal for that: a tied model's two names, untied by
+            whoever saved it.
     """
 
     base: Base
     detection: Detection
     atoms: Mapping[str, Piece]
     is_tied: bool
+    copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
 
 def read_base(base: Base, families: Collection[str], dims: Mapping[str, int]) -> Supply:
@@ -114,11 +119,24 @@ def read_base(base: Base, families: Collection[str], dims: Mapping[str, int]) ->
             key=name,
         )
     atoms = {name: piece for name, piece in reading.atoms.items() if group_of(name) in groups}
-    embed, head = atoms.get("lm.embed_tokens.weight"), atoms.get("lm.head.weight")
+    embed, head = atoms.get(EMBED), atoms.get(HEAD[0])
     tied = embed is not None and (head is None or head.identity == embed.identity)
+    copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    if not tied and embed is not None and head is not None and is_tied_family(detection.family):
+        tied = True
+        copies = tuple(zip(_sources(embed), _sources(head), strict=True))
     if tied:
-        atoms.pop("lm.head.weight", None)
-    return Supply(base=base, detection=detection, atoms=atoms, is_tied=tied)
+        atoms.pop(HEAD[0], None)
+    return Supply(base=base, detection=detection, atoms=atoms, is_tied=tied, copies=copies)
+
+
+def _sources(piece: Piece) -> list[TensorInfo]:
+    return [piece.source] if piece.source is not None else []
+
+
+def is_tied_family(family: str) -> bool:
+    """Whether the head of a language model is its input embedding by default."""
+    return family in FAMILIES and FAMILIES[family].is_tied
 
 
 def _named(tensor: TensorInfo, name: str) -> TensorInfo:
@@ -179,3 +197,19 @@ def _width(atoms: Mapping[str, Piece], kind: str) -> int:
             if fits and len(piece.shape) > axis:
                 return piece.shape[axis]
     return 0
+
+
+def fill(reading: Reading, supplies: Sequence[Supply]) -> tuple[dict[str, Piece], dict[str, str]]:
+    """All canonical tensors, and which of them a base supplies (name -> kind)."""
+    atoms = dict(reading.atoms)
+    supplied: dict[str, str] = {}
+    tied = any(is_tied_family(supply.detection.family) for supply in supplies)
+    if tied and EMBED not in atoms and HEAD[0] in atoms:
+        # a frozen embedding is saved under its second name alone, with the rows of new tokens
+        atoms[EMBED] = atoms[HEAD[0]]
+    for supply in supplies:
+        for name, piece in supply.atoms.items():
+            if name not in atoms:
+                atoms[name] = piece
+                supplied[name] = supply.base.kind
+    return atoms, supplied

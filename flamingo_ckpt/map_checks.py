@@ -158,7 +158,9 @@ def refuse_faults(faults: Mapping[str, str], target: Layout, where: str) -> None
             code="FC415",
             where=where,
             key=name,
-            hint="--config tells sizes that no shape does, such as the number of heads",
+            hint="--config tells sizes that no shape does, such as the number of heads"
+            if "not known" in fault
+            else "`flamingo-ckpt diff` against the model lists what is missing or differs",
         )
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flamingo_ckpt.bases import Base, Supply, check_fit, read_base
+from flamingo_ckpt.bases import Base, Supply, check_fit, fill, read_base
 from flamingo_ckpt.errors import CkptError, Finding
-from flamingo_ckpt.layouts.axes import Strided
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import Layout, group_of
 from flamingo_ckpt.layouts.mapping import (
@@ -20,6 +19,7 @@ from flamingo_ckpt.layouts.mapping import (
     assemble,
     joined,
     read_atoms,
+    zero_filled,
 )
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.layouts.rules import Table
@@ -108,7 +108,7 @@ def make_map_plan(
     supplies = [read_base(base, detection.families, mapping.dims) for base in bases]
     for supply in supplies:
         check_fit(reading.atoms, supply)
-    atoms, supplied = _filled(reading, supplies)
+    atoms, supplied = fill(reading, supplies)
     remembered = supplied_before(manifest)
     atoms, withheld = _withhold(atoms, target, detection, remembered)
     check_needs(atoms, target, manifest.uri)
@@ -119,7 +119,7 @@ def make_map_plan(
     empty = _zero_only(own, atoms)
     placed_out = unplaced_reasons(own, atoms, target, manifest.uri)
     refuse_faults(assembly.faults, target, manifest.uri)
-    tensors = spelt_as_before(_zero_filled(assembly.tensors, target), manifest, table)
+    tensors = spelt_as_before(zero_filled(assembly.tensors, target), manifest, table)
     resized = fit_rows(tensors, rows, frozenset(supplied), manifest.uri)
     steps = _steps(resized.tensors, table if target.writes_aliases else None, options, manifest.uri)
     absent = check_expected(
@@ -150,7 +150,7 @@ def make_map_plan(
         target=target,
         transformed=sum(bool(step.parts) for step in steps),
         expected_absent=absent,
-        equal=reading.equal,
+        equal=(*reading.equal, *(pair for supply in supplies for pair in supply.copies)),
         zeros=(*resized.zeros, *empty),
         metadata={
             **resized.metadata,
@@ -170,6 +170,8 @@ def _kept(
     mapping: MapOptions,
 ) -> Plan:
     """A file that is in the target layout already stays as it is."""
+    if detection.elsewhere is not None or 2 * detection.num_fit < detection.num_keys:
+        raise unknown_keys(detection, manifest.uri)
     plan, layout = make_plan(manifest, options), detection.layout
     if mapping.expected:
         reading = _read(manifest, chosen, detection, mapping.dims)
@@ -216,20 +218,6 @@ def _read(
     return reading
 
 
-def _filled(
-    reading: Reading, supplies: Sequence[Supply]
-) -> tuple[dict[str, Piece], dict[str, str]]:
-    """All canonical tensors, and which of them a base supplies (name -> kind)."""
-    atoms = dict(reading.atoms)
-    supplied: dict[str, str] = {}
-    for supply in supplies:
-        for name, piece in supply.atoms.items():
-            if name not in atoms:
-                atoms[name] = piece
-                supplied[name] = supply.base.kind
-    return atoms, supplied
-
-
 def _withhold(
     atoms: Mapping[str, Piece], target: Layout, detection: Detection, remembered: frozenset[str]
 ) -> tuple[dict[str, Piece], dict[str, str]]:
@@ -249,7 +237,8 @@ def _withhold(
             place is not None
             and ("embed" in place.name or (embed is not None and piece.identity == embed.identity))
         )
-        if reason and (not is_kept or name in remembered):
+        # what only another layout has is lost, not withheld
+        if reason and (place is not None or not piece.loss) and (not is_kept or name in remembered):
             withheld[name] = reason
         else:
             kept[name] = piece
@@ -287,26 +276,6 @@ def _family(
 def _zero_only(names: Sequence[str], atoms: Mapping[str, Piece]) -> list[TensorInfo]:
     """What may be left out only where it is zero: checked before anything is written."""
     return [atoms[name].as_tensor(name) for name in names if name in ZEROS]
-
-
-def _zero_filled(tensors: tuple[Assembled, ...], target: Layout) -> tuple[Assembled, ...]:
-    """Add what a class of the target wants and no source has: a bias of zeros says nothing."""
-    there = {one.name: one for one in tensors}
-    filled = [
-        _zeros_beside(there[lead], name)
-        for name, lead in target.zero_fill.items()
-        if lead in there and name not in there
-    ]
-    return (*tensors, *filled)
-
-
-def _zeros_beside(lead: Assembled, name: str) -> Assembled:
-    """As many zeros as a tensor has rows: none of its own rows, and then the zeros."""
-    (first, *_) = lead.pieces
-    shape = (lead.shape[0],)
-    zeros = Piece(None, lead.dtype, Strided.over(shape, (1,)))
-    none = replace(first, view=first.view.narrow(0, 0))
-    return replace(lead, name=name, shape=shape, pieces=(none, zeros), kind="pad")
 
 
 def _steps(

@@ -137,7 +137,7 @@ def _own_config(manifest: Manifest) -> ModelConfig | None:
 
 def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelConfig | None) -> Rows:
     if request.vocab_rows is not None:
-        return Rows(wanted=request.vocab_rows)
+        return Rows(wanted=request.vocab_rows, why="--vocab-rows")
     recorded = manifest.metadata.get(ROWS_KEY, "")
     if recorded.isascii() and recorded.isdigit() and len(recorded) < 10:
         return Rows(

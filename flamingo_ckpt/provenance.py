@@ -34,7 +34,7 @@ def supplied_before(manifest: Manifest) -> frozenset[str]:
         return frozenset()
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return frozenset()
     if not isinstance(content, dict):
         return frozenset()

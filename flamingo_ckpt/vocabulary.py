@@ -23,6 +23,10 @@ ROWS_KEY = "flamingo_ckpt.vocab_rows"
 ZERO_ROWS_KEY = "flamingo_ckpt.zero_rows"
 
 
+# What metadata may add to a vocabulary: it is only a number in a file.
+_MAX_NEW_ROWS = 1 << 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """How many rows the vocabulary has in the destination.
@@ -37,7 +41,7 @@ class Rows:
     wanted: int | None = None
     must_be_zero: bool = False
     is_remembered: bool = False
-    why: str = "--vocab-rows"
+    why: str = "as the embedding has"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +76,21 @@ def fit_rows(
     """
     found = {one.canonical[0]: one for one in tensors if one.canonical[0] in (EMBED, *HEAD)}
     if not found:
-        if rows.wanted is not None and rows.why == "--vocab-rows":
+        if rows.wanted is not None and not rows.is_remembered and not rows.must_be_zero:
             raise CkptError(
                 "--vocab-rows: there is no embedding among the tensors", code="FC418", where=where
             )
         return Resized(tensors=tensors, zeros=(), metadata={}, findings=())
-    lead = found.get(EMBED) or next(iter(found.values()))
+    own = [name for name in (EMBED, *HEAD) if name in found and name not in supplied]
+    lead = found[own[0]] if own else next(iter(found.values()))
     wanted = lead.shape[0] if rows.wanted is None else rows.wanted
+    if rows.is_remembered and not 0 < wanted <= 2 * lead.shape[0] + _MAX_NEW_ROWS:
+        raise CkptError(
+            f"the metadata says that the vocabulary had {wanted} rows, and it has {lead.shape[0]}",
+            code="FC418",
+            where=where,
+            hint="say how many it should have: --vocab-rows N",
+        )
     _check_agreement(found, supplied, where)
     zeros: list[TensorInfo] = []
     findings: list[Finding] = []
@@ -144,7 +156,9 @@ def _finding(tensor: Assembled, rows: int, why: Rows, is_supplied: bool) -> Find
         severity = "info" if why.must_be_zero or is_supplied else "warning"
     else:
         detail = f"`{name}`: {rows - have} rows of zeros follow its {have}"
-        severity = "warning" if is_supplied else "info"
+        severity = "warning" if is_supplied or why.is_remembered else "info"
+        if why.is_remembered and not is_supplied:
+            detail += "; the values that were there are lost"
         if is_supplied:
             detail += "; no release holds them, so the logits of these tokens mean nothing"
     return Finding(

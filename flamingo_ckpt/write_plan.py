@@ -317,7 +317,11 @@ def omissions(plan: Plan, write: WritePlan, options: ConvertOptions) -> list[Fin
         )
         for item in plan.dropped
     ]
-    if write.format == "safetensors" and _is_untied_in_config(plan.source.folder):
+    if (
+        write.format == "safetensors"
+        and plan.target is None
+        and _is_untied_in_config(plan.source.folder)
+    ):
         found += [
             Finding(
                 code="FC210",

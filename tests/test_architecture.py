@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": GROUND | {"layouts", ""},
     "selection": GROUND | {"layouts"},
     "vocabulary": GROUND | {"layouts"},
-    "bases": GROUND | {"layouts", "selection"},
+    "bases": GROUND | {"layouts", "selection", "vocabulary"},
     "provenance": GROUND | {"layouts", "bases", "vocabulary"},
     "map_checks": GROUND | {"layouts", "plan", "vocabulary"},
     "map_plan": GROUND

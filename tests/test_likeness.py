@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flamingo_ckpt.diff.likeness import find_renamed
-from flamingo_ckpt.diff.sides import Entry
+from flamingo_ckpt.diff.views import Entry
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.plan import Step
 from flamingo_ckpt.tensors import DTYPES, TensorInfo

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from flamingo_ckpt.diff.likeness import digest_of_runs, digest_of_step
-from flamingo_ckpt.diff.sides import Entry, Side
+from flamingo_ckpt.diff.sides import Side
+from flamingo_ckpt.diff.views import Entry
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.layouts.mapping import Piece

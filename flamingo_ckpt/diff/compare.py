@@ -13,7 +13,8 @@ from typing import Any
 from flamingo_ckpt.diff import findings as tell
 from flamingo_ckpt.diff.likeness import Pair, find_renamed
 from flamingo_ckpt.diff.names import LostName, lost_names
-from flamingo_ckpt.diff.sides import Entry, Side, View, are_comparable, have_one_family, views
+from flamingo_ckpt.diff.sides import Side
+from flamingo_ckpt.diff.views import Entry, View, are_comparable, have_one_family, views
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.tensors import escape
 

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from flamingo_ckpt.diff.likeness import Pair
-from flamingo_ckpt.diff.sides import Entry, Side, View, are_comparable, have_one_family
+from flamingo_ckpt.diff.sides import Side
+from flamingo_ckpt.diff.views import Entry, View, are_comparable, have_one_family
 from flamingo_ckpt.errors import Finding, name_some
 from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.registry import layout_named

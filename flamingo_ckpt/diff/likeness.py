@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from flamingo_ckpt.diff.sides import Entry
+from flamingo_ckpt.diff.views import Entry
 from flamingo_ckpt.formats.checksum import new_digest
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
 from flamingo_ckpt.tensors import TensorInfo, contiguous_strides
 
 #: How alike two names must be, from 0 to 1.
 MIN_RATIO = 0.6
-# Pairs of names that are compared, in all: a second's worth. More means that the sides have nothing
-# to do with each other.
-_MAX_PAIRS = 10_000
+# Pairs of names that are compared, by the product of their lengths, in all: a second's worth. More
+# means that the sides have nothing to do with each other.
+_MAX_WORK = 20_000_000
 # Content of keys that only one side has, read at most. The rest is paired by name.
 _MAX_READ_BYTES = 64 << 20
 # Names that are longer are hostile; comparing two takes the product of their lengths.
@@ -170,9 +170,9 @@ def _scored(
             if len(name) <= _MAX_NAME:
                 key = (entry.shape, entry.dtype.name, _numbers(name))
                 buckets.setdefault(key, ([], []))[side].append(name)
-    budget = _MAX_PAIRS
+    budget = _MAX_WORK
     for ours, theirs in sorted(buckets.values(), key=lambda pair: len(pair[0]) * len(pair[1])):
-        budget -= len(ours) * len(theirs)
+        budget -= sum(map(len, ours)) * sum(map(len, theirs))
         if budget < 0:
             return
         for other in theirs:

@@ -9,28 +9,26 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.formats.safetensors import parse_json_object
+from flamingo_ckpt.formats.source import FileSource
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.mapping import (
-    Assembled,
-    Assembly,
     Piece,
     Reading,
-    assemble,
-    joined,
     read_atoms,
 )
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.layouts.rules import Table
-from flamingo_ckpt.plan import Step
 from flamingo_ckpt.provenance import PARTIAL_KEY
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
-from flamingo_ckpt.tensors import DType, Manifest, TensorInfo
+from flamingo_ckpt.tensors import Manifest, TensorInfo
 
 if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
+_MAX_CONFIG_BYTES = 4 << 20
 #: group -> the base that supplies it where it is absent by design.
 BASE_OF_GROUP: Mapping[str, str] = {
     "vision": "vision",
@@ -103,81 +101,20 @@ class Side:
             return False
         if not layout.hf_config:
             return True
-        folder = self.manifest.folder
-        claims_all = folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
-        return not claims_all or PARTIAL_KEY in self.manifest.metadata
+        if PARTIAL_KEY in self.manifest.metadata or self.manifest.folder is None:
+            return True
+        return _says_partial(os.path.join(self.manifest.folder, "config.json"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One tensor of a side under the name that both sides are compared by.
-
-    Attributes:
-        keys: as stored; several, where several stored tensors make it up.
-        canonical: the canonical names in it; empty where its layout is not known.
-        pieces: the same tensors as pieces.
-        step: how its bytes are read.
-        why: what is wrong with it by itself; "" for nothing.
-    """
-
-    keys: tuple[str, ...]
-    dtype: DType
-    shape: tuple[int, ...]
-    step: Step
-    canonical: tuple[str, ...] = ()
-    pieces: tuple[Piece, ...] = ()
-    why: str = ""
-
-    @property
-    def key(self) -> str:
-        """The first of its keys."""
-        return self.keys[0]
-
-    @property
-    def identity(self) -> tuple[object, ...] | None:
-        """Equal for two entries that are the same elements of the same bytes; None for a model."""
-        runs = self.step.runs
-        if any(run.storage is None for run in runs):
-            return None
-        return (self.dtype.name, self.shape, *(run.identity for run in runs))
-
-    def describe(self) -> str:
-        """`BF16 64x1024`."""
-        return TensorInfo(name=self.key, dtype=self.dtype, shape=self.shape).describe()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """A key that cannot be made although parts of it are there.
-
-    Attributes:
-        why: what keeps it from being made.
-        parts: what is there, by the names it has.
-    """
-
-    why: str
-    parts: Mapping[str, Entry]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """A side in the key space that both are compared in.
-
-    Attributes:
-        entries: name -> entry.
-        tied: name -> entry of a model's second name for a tensor; it may be there or not.
-        respelt: name -> entry of a key that another layout spells so, and that layout's name.
-        strangers: keys that no rule knows, by the key itself; they fit nothing on the other side.
-        faults: name -> why the side cannot give it although it has parts of it.
-        left_out: key -> why the other side's layout has no place for it, where that is no loss.
-    """
-
-    entries: Mapping[str, Entry]
-    tied: Mapping[str, Entry] = field(default_factory=dict)
-    respelt: Mapping[str, tuple[Entry, str]] = field(default_factory=dict)
-    strangers: Mapping[str, Entry] = field(default_factory=dict)
-    faults: Mapping[str, Fault] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
+def _says_partial(path: str) -> bool:
+    """Whether a folder's config is marked partial, or is not there to claim a whole model."""
+    try:
+        source = FileSource(path)
+        config = parse_json_object(source.read(0, min(source.size, _MAX_CONFIG_BYTES)), path)
+    except CkptError:
+        return not os.path.isfile(path)
+    mark = config.get("flamingo_ckpt")
+    return isinstance(mark, dict) and mark.get("partial") is True
 
 
 def checkpoint_side(
@@ -253,7 +190,7 @@ def _side(
 ) -> Side:
     reading = None
     if detection is not None:
-        tensors = [_renamed(tensor, name) for name, tensor in names.items()]
+        tensors = [renamed(tensor, name) for name, tensor in names.items()]
         reading = read_atoms(tensors, detection.layout.table(detection.family), dims)
     return Side(
         uri=manifest.uri,
@@ -266,128 +203,6 @@ def _side(
     )
 
 
-def _renamed(tensor: TensorInfo, name: str) -> TensorInfo:
+def renamed(tensor: TensorInfo, name: str) -> TensorInfo:
+    """The same tensor under another name."""
     return tensor if tensor.name == name else replace(tensor, name=name)
-
-
-def are_comparable(a: Side, b: Side) -> bool:
-    """Whether both are of one kind of model, so that a map leads from one to the other."""
-    if a.detection is None or b.detection is None:
-        return False
-    one, other = a.detection.layout, b.detection.layout
-    return one is other or (one.space == other.space and not (one.refused or other.refused))
-
-
-def have_one_family(a: Side, b: Side) -> bool:
-    """Whether some kind of language model has the keys of both; true where a side shows none."""
-    families = [set(side.detection.families) if side.detection else set() for side in (a, b)]
-    return not all(families) or bool(families[0] & families[1])
-
-
-def views(a: Side, b: Side, dims: Mapping[str, int]) -> tuple[View, View]:
-    """Both sides under names that can be compared: those of B's layout, else as stored."""
-    if not are_comparable(a, b):
-        return _as_stored(a), _as_stored(b)
-    assert a.detection is not None
-    assert b.detection is not None
-    assert a.reading is not None
-    assert b.reading is not None
-    target = b.detection.layout
-    known = {**a.reading.dims, **b.reading.dims, **dims}
-    common = [name for name in b.detection.families if name in a.detection.families]
-    ours, theirs = (
-        _carried(side, target.table(family if target.rules_of else ""), known)
-        for side, family in (
-            # the names of another language model stay its own
-            (a, common[0] if common else a.detection.family or b.detection.family),
-            (b, common[0] if common else b.detection.family),
-        )
-    )
-    return ours, theirs
-
-
-def _as_stored(side: Side) -> View:
-    return View(entries={name: _stored_entry(side, name) for name in side.tensors})
-
-
-def _carried(side: Side, table: Table, dims: Mapping[str, int]) -> View:
-    reading = side.reading
-    assert reading is not None
-    assembly = assemble(reading.atoms, table, dims)
-    strangers = {name: _stored_entry(side, name) for name in reading.unknown}
-    strangers |= {name: _stored_entry(side, name, why) for name, why in reading.bent.items()}
-    left_out: dict[str, str] = {}
-    for name in assembly.unplaced:
-        piece = reading.atoms[name]
-        key = piece.source.name if piece.source is not None else name
-        if piece.loss:
-            left_out[side.stored(key)] = piece.loss
-        else:
-            strangers[key] = _stored_entry(side, key)
-    respelt = _respelt(side, table, dims)
-    return View(
-        entries={one.name: _entry(side, one) for one in assembly.tensors},
-        tied={one.name: _entry(side, one) for one in assemble(side.ties, table, dims).tensors},
-        respelt=respelt,
-        strangers=strangers,
-        faults=_faults(side, assembly, table),
-        left_out=left_out,
-    )
-
-
-def _faults(side: Side, assembly: Assembly, table: Table) -> dict[str, Fault]:
-    if not assembly.faults:
-        return {}
-    assert side.reading is not None
-    parts: dict[str, dict[str, Entry]] = {}
-    for name, piece in side.reading.atoms.items():
-        place = table.place(name)
-        if place is not None and place.name in assembly.faults and piece.source is not None:
-            key = piece.source.name
-            parts.setdefault(place.name, {})[key] = _stored_entry(side, key)
-    return {
-        name: Fault(why=why, parts=parts.get(name, {})) for name, why in assembly.faults.items()
-    }
-
-
-def _respelt(side: Side, table: Table, dims: Mapping[str, int]) -> dict[str, tuple[Entry, str]]:
-    """Keys that another layout of the same kind of model knows, by the names wanted here."""
-    found = side.detection
-    if found is None or found.elsewhere is None:
-        return {}
-    layout = layout_named(found.elsewhere[0])
-    if layout.space != found.layout.space:
-        return {}
-    family = found.family or next(iter(layout.families))
-    tensors = [_renamed(side.tensors[name], name) for name in found.elsewhere[1]]
-    reading = read_atoms(tensors, layout.table(family if layout.rules_of else ""), dims)
-    return {
-        one.name: (_entry(side, one), layout.name)
-        for one in assemble(reading.atoms, table, dims).tensors
-    }
-
-
-def _stored_entry(side: Side, name: str, why: str = "") -> Entry:
-    tensor = side.tensors[name]
-    return Entry(
-        keys=(tensor.name,),
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        step=Step(source=tensor, name=name, dtype=tensor.dtype),
-        why=why,
-    )
-
-
-def _entry(side: Side, one: Assembled) -> Entry:
-    sources = [piece.source for piece in one.pieces if piece.source is not None]
-    runs = joined(one.pieces, one.name)
-    return Entry(
-        keys=tuple(dict.fromkeys(side.stored(source.name) for source in sources)),
-        dtype=one.dtype,
-        shape=one.shape,
-        step=Step(
-            source=sources[0], name=one.name, dtype=one.dtype, parts=runs, arranged=one.shape
-        ),
-        canonical=one.canonical,
-        pieces=one.pieces,
-    )

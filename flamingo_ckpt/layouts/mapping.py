@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flamingo_ckpt.layouts.axes import Arrangement, AxesError, Strided
-from flamingo_ckpt.layouts.rules import Match, Place, Table, split_numbers
+from flamingo_ckpt.layouts.layout import Layout
+from flamingo_ckpt.layouts.rules import Match, Place, Table
 from flamingo_ckpt.tensors import DType, TensorInfo, contiguous_strides
 
 #: Axes whose size only some layouts' shapes tell.
@@ -186,7 +187,9 @@ def _taken_apart(
         yield match.canonical({}), Piece(tensor, tensor.dtype, whole, loss)
         return
     sizes = form.solve(tensor.shape, known, native=True)
-    told |= {name: size for name, size in sizes.items() if name in HEAD_COUNTS}
+    for name in HEAD_COUNTS & sizes.keys():
+        if told.setdefault(name, sizes[name]) != sizes[name]:
+            raise AxesError(f"{sizes[name]} heads here, {told[name]} in other tensors")
     for index, view in form.parts(whole, sizes):
         name = match.canonical(dict(zip(form.index, index, strict=True)))
         yield name, Piece(tensor, tensor.dtype, view, loss)
@@ -223,15 +226,34 @@ def assemble(atoms: Mapping[str, Piece], table: Table, dims: Mapping[str, int]) 
         entry.found[tuple(place.index.values())] = (name, piece)
     tensors: list[Assembled] = []
     faults: dict[str, str] = {}
+    depths = _depths(building.values())
     for native, entry in building.items():
         try:
-            tensors.append(_put_together(native, entry, dims))
+            tensors.append(_put_together(native, entry, dims, depths))
         except AxesError as error:
             faults[native] = str(error)
     return Assembly(tensors=tuple(tensors), unplaced=tuple(unplaced), faults=faults)
 
 
-def _put_together(native: str, entry: _Building, dims: Mapping[str, int]) -> Assembled:
+def _tower(entry: _Building) -> str:
+    """The part of the model whose layers are stacked in a tensor."""
+    return next(iter(entry.found.values()))[0].partition(".")[0]
+
+
+def _depths(entries: Iterable[_Building]) -> dict[str, int]:
+    """How many layers each tower has: a stack with fewer lacks some."""
+    depths: dict[str, int] = {}
+    for entry in entries:
+        if "layer" in entry.place.index:
+            at = list(entry.place.index).index("layer")
+            deepest = 1 + max(index[at] for index in entry.found)
+            depths[_tower(entry)] = max(depths.get(_tower(entry), 0), deepest)
+    return depths
+
+
+def _put_together(
+    native: str, entry: _Building, dims: Mapping[str, int], depths: Mapping[str, int]
+) -> Assembled:
     place, form = entry.place, entry.place.arrangement
     ordered = [entry.found[index] for index in sorted(entry.found)]
     first = ordered[0][1]
@@ -244,7 +266,7 @@ def _put_together(native: str, entry: _Building, dims: Mapping[str, int]) -> Ass
             pieces=(first,),
             kind=place.rule.kind,
         )
-    counts = _counts(place, entry.found)
+    counts = _counts(place, entry.found, depths.get(_tower(entry), 0))
     known = {**dims, **counts}
     inner = {name: size for name, size in known.items() if name not in form.index}
     pieces: list[Piece] = []
@@ -271,17 +293,41 @@ def _put_together(native: str, entry: _Building, dims: Mapping[str, int]) -> Ass
     )
 
 
-def _counts(place: Place, found: Mapping[tuple[int, ...], object]) -> dict[str, int]:
+def _counts(
+    place: Place, found: Mapping[tuple[int, ...], object], num_layers: int
+) -> dict[str, int]:
     """How many entries each index axis has; all combinations must be there."""
     counts: dict[str, int] = {}
     for at, name in enumerate(place.index):
         counts[name] = max(index[at] for index in found) + 1
+    if "layer" in counts:
+        counts["layer"] = num_layers
     if "part" in counts:
         counts["part"] = place.num_parts
     wanted = math.prod(counts.values())
     if len(found) != wanted:
         raise AxesError(f"{len(found)} of its {wanted} parts are there")
     return counts
+
+
+def zero_filled(tensors: tuple[Assembled, ...], target: Layout) -> tuple[Assembled, ...]:
+    """Add what a class of the target wants and no source has: a bias of zeros says nothing."""
+    there = {one.name: one for one in tensors}
+    filled = [
+        _zeros_beside(there[lead], name)
+        for name, lead in target.zero_fill.items()
+        if lead in there and name not in there
+    ]
+    return (*tensors, *filled)
+
+
+def _zeros_beside(lead: Assembled, name: str) -> Assembled:
+    """As many zeros as a tensor has rows: none of its own rows, and then the zeros."""
+    (first, *_) = lead.pieces
+    shape = (lead.shape[0],)
+    zeros = Piece(None, lead.dtype, Strided.over(shape, (1,)))
+    none = replace(first, view=first.view.narrow(0, 0))
+    return replace(lead, name=name, shape=shape, pieces=(none, zeros), kind="pad")
 
 
 def joined(pieces: Sequence[Piece], name: str) -> tuple[TensorInfo, ...]:
@@ -315,17 +361,3 @@ def _follows(before: TensorInfo, after: TensorInfo) -> bool:
 def fits(names: Iterable[tuple[str, tuple[str, ...]]], table: Table) -> list[bool]:
     """Whether each key (as `split_numbers` gives it) fits a rule of the table."""
     return [table.match("", split) is not None for split in names]
-
-
-__all__ = [
-    "Arrangement",
-    "Assembled",
-    "Assembly",
-    "Piece",
-    "Reading",
-    "assemble",
-    "fits",
-    "joined",
-    "read_atoms",
-    "split_numbers",
-]

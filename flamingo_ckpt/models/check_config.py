@@ -7,7 +7,7 @@ from typing import Any
 
 from flamingo_ckpt.models.families import check_language, find_family
 from flamingo_ckpt.models.fields import MAX_HEADS, MAX_IMAGE, MAX_LAYERS, MAX_ROWS, Fields
-from flamingo_ckpt.tensors import TORCH_DTYPES
+from flamingo_ckpt.tensors import TORCH_DTYPES, escape
 
 #: What upstream hard-codes: no published config says it.
 FLAMINGO_DEFAULTS: Mapping[str, int] = {
@@ -110,6 +110,10 @@ def check_open_clip(fields: Fields, data: dict[str, Any]) -> None:
             "`text_cfg.hf_model_name` is set: that text tower is described on the hub only",
             "FC405",
         )
+    name = vision.text("timm_model_name") or ""
+    if ":" in name or "/" in name:
+        # timm would fetch it from the hub, or read a folder that a config should not name
+        raise vision.error(f"`vision_cfg.timm_model_name` is `{escape(name)}`, a place", "FC405")
     for part in (vision, text):
         if not part.data.get("timm_model_name"):
             _check_open_clip_tower(part)

@@ -116,8 +116,8 @@ SHAPES = {
     "blocks.11.qkv.weight": (6, 6),
     "conv": (2, 2, 3, 4),
     "mlp": (12, 3, 3),
-    "out": (2, 3, 2, 4),
-    "kv": (2, 2, 3, 4, 2),
+    "out": (12, 3, 2, 4),
+    "kv": (12, 2, 3, 4, 2),
     "position": (1, 4, 4),
     "scale": (),
 }
@@ -137,7 +137,7 @@ def numpy_parts(name: str, a: Any) -> dict[str, Any]:
     if name == "kv":
         return {
             f"{i}.{m}": np.swapaxes(a[i, at], 1, 2).reshape(6, 4)
-            for i in range(2)
+            for i in range(12)
             for at, m in enumerate(("key", "value"))
         }
     return {name: a[0] if name == "position" else a}
