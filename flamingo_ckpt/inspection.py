@@ -66,6 +66,14 @@ def find_layout(manifest: Manifest) -> Detection | None:
         return None
 
 
+def other_layout(source: Manifest, written: Manifest) -> str | None:
+    """The layout that a conversion must have gone to; None where both sides are in one layout."""
+    before, after = find_layout(source), find_layout(written)
+    if after is None or (before is not None and before.layout is after.layout):
+        return None
+    return after.layout.name
+
+
 def _name_findings(manifest: Manifest) -> list[Finding]:
     return [
         Finding(

@@ -38,7 +38,7 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     that only a base can prove and none is given.
     """
     from flamingo_ckpt.formats import open_checkpoint
-    from flamingo_ckpt.inspection import find_layout
+    from flamingo_ckpt.inspection import find_layout, other_layout
     from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
     from flamingo_ckpt.verify import judge, summary_of
     from flamingo_ckpt.verify import verify as compare
@@ -46,7 +46,7 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     source = open_source(chosen)
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
     found = find_layout(written)
-    plan = plan_source(source, chosen, writes=False, to=found.layout.name if found else None).plan
+    plan = plan_source(source, chosen, writes=False, to=other_layout(source, written)).plan
     with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
         result = compare(plan, written, progress.phase("verifying"))
     prefix = describe_prefixes({strip_wrappers(t.name)[1] for t in written.tensors})

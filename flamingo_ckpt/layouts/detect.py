@@ -152,7 +152,8 @@ def _candidates(
                 best = one
             elif one.num_fit == best.num_fit and one.meaning() == best.meaning():
                 best = _Candidate(layout, (*best.families, family), best.matches)
-        if best is not None and (best.num_fit or forced):
+        enough = best is not None and best.num_fit > layout.min_share * len(splits)
+        if best is not None and (enough or forced):
             found.append(best)
     return found
 

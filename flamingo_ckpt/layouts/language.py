@@ -21,6 +21,8 @@ LAYOUTS = (
         title="a language model's own names: MPT, GPT-NeoX, LLaMA, OPT, GPT-J",
         space="flamingo",
         rules_of=_own_names,
+        # `transformer.wte.weight` alone makes no GPT-J
+        min_share=0.5,
         absent_without=("perceiver.", "lang_encoder.", "vision_tower."),
     ),
 )

@@ -24,6 +24,8 @@ class Layout:
         rules: where the layout contains no language model of several families.
         rules_of: where it does.
         sentinels: templates, one of which only this layout has; detection asks for one of them.
+        min_share: of the keys that have to fit for it to be considered; for layouts whose names are
+            common ones.
         absent_without: templates, none of which this layout has.
         needs: templates of canonical names without which it is not the layout of what is written.
         zero_fill: key that a class of this layout wants although it says nothing -> the key whose
@@ -42,6 +44,7 @@ class Layout:
     rules: tuple[Rule, ...] = ()
     rules_of: RulesOf | None = None
     sentinels: tuple[str, ...] = ()
+    min_share: float = 0.0
     absent_without: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     zero_fill: Mapping[str, str] = field(default_factory=dict)
