@@ -306,12 +306,13 @@ def no_place(entry: Entry, lacking: Side, reason: str) -> Finding:
 
 
 def left_out(view: View, holder: Side, other: Side) -> Iterable[Finding]:
-    """What the other side's layout has no place for."""
+    """What the other side's layout has no place for; trained tensors where the layout is lossy."""
     layout = other.detection.layout.name if other.detection else ""
+    lossy = holder.detection is not None and bool(holder.detection.layout.lossy)
     for key, reason in view.left_out.items():
         yield Finding(
             code="FC209",
-            severity="info",
+            severity="warning" if lossy else "info",
             key=key,
             detail=f"`{escape(key)}` has no place in `{layout}`: {reason}",
             data={"in": holder.uri},

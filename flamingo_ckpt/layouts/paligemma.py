@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from flamingo_ckpt.layouts.big_vision import IMAGE_ENDS, blocks
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.rules import Rule, dropped, prefixed, rename
 
@@ -150,57 +151,10 @@ _SPELLINGS = (
     ),
 )
 
-_ATTENTION = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/"
-_BLOCK = "img/Transformer/encoderblock/"
 #: ViT and projector; every block's tensors are stacked, as `scan` leaves them.
 _ARRAYS_VISION = (
-    Rule(
-        native="img/embedding/kernel",
-        canonical="vision.patch_embedding.weight",
-        axes="row column c d -> d c row column",
-    ),
-    *rename({"img/embedding/bias": "vision.patch_embedding.bias"}),
-    Rule(
-        native="img/pos_embedding",
-        canonical="vision.position_embedding.weight",
-        axes="1 position d -> position d",
-    ),
-    Rule(
-        native=f"{_BLOCK}LayerNorm_{{n:0=1|1=2}}/{{p:scale=weight|bias}}",
-        canonical="vision.layers.{layer}.norm{n}.{p}",
-        axes="layer d -> d",
-    ),
-    Rule(
-        native=f"{_BLOCK}MlpBlock_0/Dense_{{n:0=1|1=2}}/kernel",
-        canonical="vision.layers.{layer}.mlp.fc{n}.weight",
-        axes="layer in out -> out in",
-    ),
-    Rule(
-        native=f"{_BLOCK}MlpBlock_0/Dense_{{n:0=1|1=2}}/bias",
-        canonical="vision.layers.{layer}.mlp.fc{n}.bias",
-        axes="layer out -> out",
-    ),
-    Rule(
-        native=_ATTENTION + "{m:query=q|key=k|value=v}/kernel",
-        canonical="vision.layers.{layer}.attn.{m}.weight",
-        axes="layer d visionheads h -> (visionheads h) d",
-    ),
-    Rule(
-        native=_ATTENTION + "{m:query=q|key=k|value=v}/bias",
-        canonical="vision.layers.{layer}.attn.{m}.bias",
-        axes="layer visionheads h -> (visionheads h)",
-    ),
-    Rule(
-        native=_ATTENTION + "out/kernel",
-        canonical="vision.layers.{layer}.attn.out.weight",
-        axes="layer visionheads h d -> d (visionheads h)",
-    ),
-    Rule(
-        native=_ATTENTION + "out/bias",
-        canonical="vision.layers.{layer}.attn.out.bias",
-        axes="layer d -> d",
-    ),
-    *rename({"img/Transformer/encoder_norm/{p:scale=weight|bias}": "vision.post_norm.{p}"}),
+    *IMAGE_ENDS,
+    *blocks("img/Transformer/", "vision.", "visionheads", stacked=True),
     Rule(native="img/head/kernel", canonical="projector.weight", axes="d e -> e d"),
     *rename({"img/head/bias": "projector.bias"}),
 )

@@ -7,82 +7,26 @@ of heads is needed, which no tensor of open_clip tells. Sources: big_vision's `v
 
 from __future__ import annotations
 
+from flamingo_ckpt.layouts.big_vision import IMAGE_ENDS, NORM, attention, blocks, mlp
 from flamingo_ckpt.layouts.clip_towers import LOGITS, OPEN_CLIP_TEXT_BODY, OPEN_CLIP_TEXT_LINEAR
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.rules import Rule, prefixed, rename
 
 _P = "{p:weight|bias}"
-_NORM = "{p:scale=weight|bias}"
-_QKV = "{m:query=q|key=k|value=v}"
-_FC = "{m:Dense_0=fc1|Dense_1=fc2}"
-_ATTENTION = "MultiHeadDotProductAttention_0/"
-
-
-def _attention(native: str, canonical: str, heads: str, stack: str = "") -> tuple[Rule, ...]:
-    """Kernels of flax's attention. `stack` names the axis of the layers where they are stacked."""
-    split = f"({heads} k)"
-    ours = native + _ATTENTION
-    kernels = {
-        (f"{ours}{_QKV}/kernel", "{m}.weight"): f"d {heads} k -> {split} d",
-        (f"{ours}{_QKV}/bias", "{m}.bias"): f"{heads} k -> {split}",
-        (f"{ours}out/kernel", "out.weight"): f"{heads} k d -> d {split}",
-        (f"{ours}out/bias", "out.bias"): "d -> d",
-    }
-    return tuple(
-        Rule(native=name, canonical=canonical + leaf, axes=stack + axes)
-        for (name, leaf), axes in kernels.items()
-    )
-
-
-def _mlp(native: str, canonical: str, stack: str = "") -> tuple[Rule, ...]:
-    ours = native + "MlpBlock_0/" + _FC
-    return (
-        Rule(
-            native=ours + "/kernel", canonical=canonical + "{m}.weight", axes=stack + "i o -> o i"
-        ),
-        Rule(native=ours + "/bias", canonical=canonical + "{m}.bias", axes=stack + "d -> d"),
-    )
-
-
-def _blocks(tower: str, canonical: str, heads: str, *, stacked: bool) -> tuple[Rule, ...]:
-    """A transformer: one array for all layers, or one for each."""
-    block = f"{tower}encoderblock/" if stacked else f"{tower}encoderblock_{{layer}}/"
-    layer, stack = canonical + "layers.{layer}.", "layer " if stacked else ""
-    return (
-        Rule(
-            native=f"{block}LayerNorm_{{n:0=1|1=2}}/{_NORM}",
-            canonical=layer + "norm{n}.{p}",
-            axes=stack + "d -> d",
-        ),
-        *_attention(block, layer + "attn.", heads, stack),
-        *_mlp(block, layer + "mlp.", stack),
-    )
-
 
 _OUTSIDE_BLOCKS = (
-    Rule(
-        native="img/embedding/kernel",
-        canonical="vision.patch_embedding.weight",
-        axes="p q c d -> d c p q",
-    ),
-    Rule(
-        native="img/pos_embedding",
-        canonical="vision.position_embedding.weight",
-        axes="1 n d -> n d",
-    ),
+    *IMAGE_ENDS,
     *rename(
         {
-            "img/embedding/bias": "vision.patch_embedding.bias",
-            f"img/Transformer/encoder_norm/{_NORM}": "vision.post_norm.{p}",
             "img/MAPHead_0/probe": "vision.head.probe",
-            f"img/MAPHead_0/LayerNorm_0/{_NORM}": "vision.head.norm.{p}",
+            f"img/MAPHead_0/LayerNorm_0/{NORM}": "vision.head.norm.{p}",
             "txt/Embed_0/embedding": "text.token_embedding.weight",
-            f"txt/Encoder_0/encoder_norm/{_NORM}": "text.final_norm.{p}",
+            f"txt/Encoder_0/encoder_norm/{NORM}": "text.final_norm.{p}",
             "txt/head/bias": "text.projection.bias",
         }
     ),
-    *_attention("img/MAPHead_0/", "vision.head.attn.", "visionheads"),
-    *_mlp("img/MAPHead_0/", "vision.head.mlp."),
+    *attention("img/MAPHead_0/", "vision.head.attn.", "visionheads"),
+    *mlp("img/MAPHead_0/", "vision.head.mlp."),
     Rule(
         native="txt/pos_embedding", canonical="text.position_embedding.weight", axes="1 n d -> n d"
     ),
@@ -91,8 +35,8 @@ _OUTSIDE_BLOCKS = (
 )
 
 _TOWERS = (("img/Transformer/", "vision.", "visionheads"), ("txt/Encoder_0/", "text.", "textheads"))
-_STACKED = tuple(rule for tower in _TOWERS for rule in _blocks(*tower, stacked=True))
-_UNSTACKED = tuple(rule for tower in _TOWERS for rule in _blocks(*tower, stacked=False))
+_STACKED = tuple(rule for tower in _TOWERS for rule in blocks(*tower, stacked=True))
+_UNSTACKED = tuple(rule for tower in _TOWERS for rule in blocks(*tower, stacked=False))
 
 #: Below `visual.trunk.` in open_clip.
 _TRUNK = prefixed(
