@@ -14,10 +14,11 @@ import torch
 
 from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import CODES
+from flamingo_ckpt.formats.source import FileSource
 from tests.support import FIXTURES, Outcome, cli, cli_ok, cli_process, names_in
 
 SRC = FIXTURES / "torch-wrapped.pt"
-VERBS = ("inspect", "convert", "verify")
+VERBS = ("inspect", "convert", "verify", "diff")
 
 
 def check_document(outcome: Outcome, name: str) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def commands(tmp_path: Path) -> dict[str, list[object]]:
         "inspect": ["inspect", SRC],
         "convert": ["convert", SRC, tmp_path / "out.pt"],
         "verify": ["verify", SRC, SRC],
+        "diff": ["diff", SRC, SRC],
     }
 
 
@@ -145,9 +147,8 @@ def test_an_internal_error(verb: str, tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    import flamingo_ckpt.formats as formats
-
-    monkeypatch.setattr(formats, "open_checkpoint", fail)
+    # the class itself: a module that is imported now would keep a patched function for good
+    monkeypatch.setattr(FileSource, "__init__", fail)
     outcome = cli(*commands(tmp_path)[verb], "--json")
     document = check_document(outcome, verb)
     assert (outcome.code, outcome.codes) == (2, ["FC008"])
@@ -184,9 +185,7 @@ def test_interrupts(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    import flamingo_ckpt.formats as formats
-
-    monkeypatch.setattr(formats, "open_checkpoint", interrupt)
+    monkeypatch.setattr(FileSource, "__init__", interrupt)
     outcome = cli(*commands(tmp_path)[verb], "--json")
     check_document(outcome, verb)
     assert (outcome.code, outcome.codes) == (130, ["FC010"])
