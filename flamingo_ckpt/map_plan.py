@@ -79,9 +79,13 @@ class MapOptions:
     expected: tuple[Expected, ...] = ()
     where_expected: str = ""
 
-    def rows_in(self, *, is_same: bool) -> Rows:
+    def rows_from(self, source: Layout, target: Layout) -> Rows:
         """The rows that are wanted; a file that stays in its layout has no way back to go."""
-        return Rows() if is_same and self.rows.is_remembered else self.rows
+        if source is target and self.rows.is_remembered:
+            return Rows()
+        if self.rows.wanted is None and source.ends_with_tokens and not target.ends_with_tokens:
+            return Rows(pads=True, why="as transformers pads a vocabulary")
+        return self.rows
 
 
 def make_map_plan(
@@ -101,7 +105,7 @@ def make_map_plan(
     if not is_same:
         check_interchangeable(detection.layout, target, manifest.uri)
     refuse_family(detection, mapping.family if mapping.expected else "", mapping.where_expected)
-    rows = mapping.rows_in(is_same=is_same)
+    rows = mapping.rows_from(detection.layout, target)
     if is_same and not bases and rows.wanted is None:
         return _kept(manifest, options, chosen, detection, mapping)
     reading = _read(manifest, chosen, detection, mapping.dims)

@@ -23,6 +23,7 @@ ROWS_KEY = "flamingo_ckpt.vocab_rows"
 ZERO_ROWS_KEY = "flamingo_ckpt.zero_rows"
 
 
+_PADDING = 64
 # What metadata may add to a vocabulary: it is only a number in a file.
 _MAX_NEW_ROWS = 1 << 16
 
@@ -35,12 +36,14 @@ class Rows:
         wanted: rows; None keeps the embedding's.
         must_be_zero: whether rows that are cut have to be zero.
         is_remembered: whether the source's own metadata asks for them.
+        pads: whether to pad as transformers does where `wanted` is None.
         why: who asked, for messages.
     """
 
     wanted: int | None = None
     must_be_zero: bool = False
     is_remembered: bool = False
+    pads: bool = False
     why: str = "as the embedding has"
 
 
@@ -84,6 +87,9 @@ def fit_rows(
     own = [name for name in (EMBED, *HEAD) if name in found and name not in supplied]
     lead = found[own[0]] if own else next(iter(found.values()))
     wanted = lead.shape[0] if rows.wanted is None else rows.wanted
+    if rows.wanted is None and rows.pads:
+        # its PaliGemma conversion makes room for two tokens and fills up to a multiple
+        wanted = -(-(lead.shape[0] + 2) // _PADDING) * _PADDING
     if rows.is_remembered and not 0 < wanted <= 2 * lead.shape[0] + _MAX_NEW_ROWS:
         raise CkptError(
             f"the metadata says that the vocabulary had {wanted} rows, and it has {lead.shape[0]}",

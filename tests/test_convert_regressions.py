@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import zoo
-from tests.support import cli, cli_ok, facts_at, load_torch
+from tests.support import cli, cli_ok, facts_at, load_torch, torch_facts
 
 EMBED, HEAD = "lang_encoder.model.decoder.embed_tokens.weight", "lang_encoder.lm_head.weight"
 
@@ -76,6 +76,20 @@ def test_a_stack_wants_every_layer_of_the_tower(tmp_path: Path) -> None:
         for pair in (("pg", "whole.npz"), ("whole.npz", "pg")):
             there = [tmp_path / name for name in pair]
             assert cli("diff", *there, "--level", level, "-q").code == 1
+
+
+def test_padding_rows_need_no_config(tmp_path: Path) -> None:
+    model = zoo.paligemma()
+    zoo.save_npz(model.npz(), tmp_path / "pg.npz")
+    hf, embed = tmp_path / "hf.safetensors", "language_model.model.embed_tokens.weight"
+    document = cli_ok("convert", tmp_path / "pg.npz", hf, "--to", "paligemma", "--json").document
+    (told,) = [one for one in document["findings"] if one["code"] == "FC418"]
+    assert (told["key"], told["data"]["zero_rows"]) == (embed, 64)
+    assert facts_at(hf)[embed] == facts_at_layout(model)[embed]
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    back = tmp_path / "back.npz"
+    cli_ok(*("convert", hf, back, "--to", "paligemma-npz", "--config", tmp_path / "config.json"))
+    cli_ok("diff", back, tmp_path / "pg.npz", "--level", "bits")
 
 
 def test_heads_that_contradict_each_other(tmp_path: Path) -> None:
@@ -155,6 +169,10 @@ def test_a_partial_folder_is_partial_in_every_format(tmp_path: Path, format: str
     model = f"model:{tmp_path / 'config.json'}"
     document = cli_ok("diff", tmp_path / "hf", model, "--json").document
     assert document["summary"]["expected_absent"] > 0
+
+
+def facts_at_layout(model: Any) -> dict[str, Any]:
+    return torch_facts(model.layout("L1"))
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

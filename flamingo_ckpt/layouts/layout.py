@@ -30,6 +30,8 @@ class Layout:
         needs: templates of canonical names without which it is not the layout of what is written.
         zero_fill: key that a class of this layout wants although it says nothing -> the key whose
             rows it has; written as zeros where no source has it.
+        ends_with_tokens: whether its vocabulary ends with the last token, where its relatives' is
+            padded to a multiple of 64.
         withheld: group -> why a file in this layout does not hold it; only for writing.
         writes_aliases: whether a file holds every name of a tensor (the whole state dict).
         lossy: what a conversion to or from it loses; "" where it is a bijection.
@@ -48,6 +50,7 @@ class Layout:
     absent_without: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     zero_fill: Mapping[str, str] = field(default_factory=dict)
+    ends_with_tokens: bool = False
     withheld: Mapping[str, str] = field(default_factory=dict)
     writes_aliases: bool = False
     lossy: str = ""

@@ -265,6 +265,7 @@ LAYOUTS = (
     *(spelling.layout() for spelling in _SPELLINGS),
     Layout(
         name="paligemma-npz",
+        ends_with_tokens=True,
         title="PaliGemma 1 as big_vision writes it (.npz)",
         space="paligemma",
         rules=_arrays(_GEMMA_1_NORMS),
@@ -273,6 +274,7 @@ LAYOUTS = (
     ),
     Layout(
         name="paligemma2-npz",
+        ends_with_tokens=True,
         title="PaliGemma 2 as big_vision writes it (.npz)",
         space="paligemma",
         rules=_arrays(_GEMMA_2_NORMS),
