@@ -6,8 +6,18 @@ parameters as OpenFlamingo 2 has them, or as Otter's port to Hugging Face classe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from einops import rearrange
 from torch import nn
+
+from flamingo_ckpt.models.modules.attention import (
+    attend,
+    check_implementation,
+    merge_heads,
+    split_heads,
+)
 
 
 def feed_forward(dim: int, mult: int) -> nn.Sequential:
@@ -26,11 +36,16 @@ class PerceiverAttention(nn.Module):
     Args:
         dim: width of tokens and latents.
         dim_head, heads: attention is `dim_head * heads` wide.
+        attn_implementation: `sdpa` or `eager`.
     """
 
-    def __init__(self, *, dim: int, dim_head: int, heads: int) -> None:
+    def __init__(
+        self, *, dim: int, dim_head: int, heads: int, attn_implementation: str = "sdpa"
+    ) -> None:
         super().__init__()
         inner = dim_head * heads
+        self.heads = heads
+        self.attn_implementation = check_implementation(attn_implementation)
         self.norm_media = nn.LayerNorm(dim)
         self.norm_latents = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, inner, bias=False)
@@ -38,13 +53,57 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
+    def attention(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """What the latents take from the tokens and from each other.
+
+        Args:
+            media: `[..., tokens, dim]`.
+            latents: `[..., num_latents, dim]`.
+
+        Returns:
+            `[..., num_latents, dim]`, to be added to the latents.
+        """
+        latents = self.norm_latents(latents)
+        # The latents stand last among what is attended to, already normalised.
+        context = torch.cat((self.norm_media(media), latents), dim=-2)
+        keys, values = self.to_kv(context).chunk(2, dim=-1)
+        queries = self.to_q(latents)
+        found = attend(
+            split_heads(queries, self.heads),
+            split_heads(keys, self.heads),
+            split_heads(values, self.heads),
+            implementation=self.attn_implementation,
+        )
+        taken: torch.Tensor = self.to_out(merge_heads(found))
+        return taken
+
+    def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """As `attention`."""
+        return self.attention(media, latents)
+
 
 class PerceiverBlock(PerceiverAttention):
     """Attention and MLP in one module, as Otter has them; OpenFlamingo has a pair instead."""
 
-    def __init__(self, *, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
-        super().__init__(dim=dim, dim_head=dim_head, heads=heads)
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_head: int,
+        heads: int,
+        ff_mult: int,
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        super().__init__(
+            dim=dim, dim_head=dim_head, heads=heads, attn_implementation=attn_implementation
+        )
         self.feed_forward = feed_forward(dim, ff_mult)
+
+    def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after attention and MLP, each with its residual."""
+        latents = self.attention(media, latents) + latents
+        after: torch.Tensor = self.feed_forward(latents) + latents
+        return after
 
 
 class PerceiverResampler(nn.Module):
@@ -59,6 +118,7 @@ class PerceiverResampler(nn.Module):
         max_num_frames: frames of a video that have an embedding; None for none.
         max_num_media: media of a sequence that have an embedding; None for none.
         paired: name attention and MLP of a layer `0` and `1`, as OpenFlamingo does.
+        attn_implementation: `sdpa` or `eager`.
     """
 
     def __init__(
@@ -73,21 +133,66 @@ class PerceiverResampler(nn.Module):
         max_num_frames: int | None = None,
         max_num_media: int | None = None,
         paired: bool = True,
+        attn_implementation: str = "sdpa",
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = _embedding(max_num_frames, dim)
         self.media_time_embs = _embedding(max_num_media, 1, dim)
+        sizes: dict[str, Any] = {
+            "dim": dim,
+            "dim_head": dim_head,
+            "heads": heads,
+            "attn_implementation": attn_implementation,
+        }
         layers: list[nn.Module] = []
         for _ in range(depth):
             if paired:
-                attention = PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads)
+                attention = PerceiverAttention(**sizes)
                 layers.append(nn.ModuleList([attention, feed_forward(dim, ff_mult)]))
             else:
-                block = PerceiverBlock(dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
-                layers.append(block)
+                layers.append(PerceiverBlock(**sizes, ff_mult=ff_mult))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(dim)
+
+    def forward(self, media: torch.Tensor) -> torch.Tensor:
+        """The latents of every image or video.
+
+        Args:
+            media: `[batch, media, frames, tokens, dim]`, from the vision tower.
+
+        Returns:
+            `[batch, media, num_latents, dim]`.
+
+        Raises:
+            ValueError: more frames or media than have an embedding, or several frames where none
+                has one: nothing would tell their order.
+        """
+        batch, num_media, num_frames = media.shape[:3]
+        _check_number("frames", num_frames, self.frame_embs, alone=1)
+        _check_number("media", num_media, self.media_time_embs, alone=num_media)
+        if self.frame_embs is not None:
+            media = media + self.frame_embs[:num_frames, None]
+        media = rearrange(media, "b m f n d -> b m (f n) d")
+        if self.media_time_embs is not None:
+            media = media + self.media_time_embs[:num_media]
+        latents = self.latents.expand(batch, num_media, -1, -1)
+        for layer in self.layers:
+            if isinstance(layer, nn.ModuleList):
+                attention, mlp = layer
+                latents = attention(media, latents) + latents
+                latents = mlp(latents) + latents
+            else:
+                latents = layer(media, latents)
+        normed: torch.Tensor = self.norm(latents)
+        return normed
+
+
+def _check_number(what: str, found: int, embeddings: torch.Tensor | None, *, alone: int) -> None:
+    most = alone if embeddings is None else len(embeddings)
+    if found > most:
+        told = "none has an embedding" if embeddings is None else f"{most} have an embedding"
+        raise ValueError(f"{found} {what}, and {told}")
 
 
 def _embedding(number: int | None, *shape: int) -> nn.Parameter | None:
