@@ -57,7 +57,6 @@ class Supply:
 
     Attributes:
         atoms: canonical name -> piece, of the groups that the base is for.
-        is_tied: whether the output embedding is the input embedding.
         copies: two stored tensors that must be equal for that: a tied model's two names, untied by
             whoever saved it.
     """
@@ -65,7 +64,6 @@ class Supply:
     base: Base
     detection: Detection
     atoms: Mapping[str, Piece]
-    is_tied: bool
     copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
 
@@ -127,7 +125,7 @@ def read_base(base: Base, families: Collection[str], dims: Mapping[str, int]) ->
         copies = tuple(zip(_sources(embed), _sources(head), strict=True))
     if tied:
         atoms.pop(HEAD[0], None)
-    return Supply(base=base, detection=detection, atoms=atoms, is_tied=tied, copies=copies)
+    return Supply(base=base, detection=detection, atoms=atoms, copies=copies)
 
 
 def _sources(piece: Piece) -> list[TensorInfo]:

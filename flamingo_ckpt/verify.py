@@ -14,7 +14,7 @@ from typing import Any
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
-from flamingo_ckpt.layouts.layout import group_of
+from flamingo_ckpt.layouts.layout import BASE_OF_GROUP, group_of
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.stream import (
     Derived,
@@ -154,10 +154,6 @@ def verify(plan: Plan, dst: Manifest, on_bytes: OnBytes = lambda _: None) -> Ver
     )
 
 
-#: group -> the base that supplies it where a checkpoint lacks it by design.
-_BASE_OF_GROUP = {"vision": "vision", "lm.layers": "language", "lm.rest": "language"}
-
-
 def _base_of(plan: Plan, name: str) -> str:
     """Which base could supply a key of the destination, where that base was not given."""
     if plan.layout is None or plan.target is None or plan.target.space != "flamingo":
@@ -167,7 +163,7 @@ def _base_of(plan: Plan, name: str) -> str:
         if match is None or not match.rule.canonical:
             continue
         index = match.arrangement.index if match.arrangement else ()
-        kind = _BASE_OF_GROUP.get(group_of(match.canonical(dict.fromkeys(index, 0))), "")
+        kind = BASE_OF_GROUP.get(group_of(match.canonical(dict.fromkeys(index, 0))), "")
         return kind if kind not in plan.others else ""
     return ""
 

@@ -12,7 +12,7 @@ from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.safetensors import parse_json_object
 from flamingo_ckpt.formats.source import FileSource
 from flamingo_ckpt.layouts.detect import Detection, detect
-from flamingo_ckpt.layouts.layout import group_of
+from flamingo_ckpt.layouts.layout import BASE_OF_GROUP, group_of
 from flamingo_ckpt.layouts.mapping import (
     Piece,
     Reading,
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
 _MAX_CONFIG_BYTES = 4 << 20
-#: group -> the base that supplies it where it is absent by design.
-BASE_OF_GROUP: Mapping[str, str] = {
-    "vision": "vision",
-    "lm.layers": "language",
-    "lm.rest": "language",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

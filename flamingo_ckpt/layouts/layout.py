@@ -73,6 +73,14 @@ def _table(family: str, rules: tuple[Rule, ...], rules_of: RulesOf | None) -> Ta
     return Table(rules if rules_of is None else rules_of(FAMILIES[family]))
 
 
+#: group -> the base that supplies it where it is absent by design.
+BASE_OF_GROUP: Mapping[str, str] = {
+    "vision": "vision",
+    "lm.layers": "language",
+    "lm.rest": "language",
+}
+
+
 def group_of(canonical: str) -> str:
     """The part of a model that a canonical name belongs to.
 

@@ -356,8 +356,3 @@ def _follows(before: TensorInfo, after: TensorInfo) -> bool:
         and before.byteorder == after.byteorder
         and before.offset_bytes + before.num_bytes == after.offset_bytes
     )
-
-
-def fits(names: Iterable[tuple[str, tuple[str, ...]]], table: Table) -> list[bool]:
-    """Whether each key (as `split_numbers` gives it) fits a rule of the table."""
-    return [table.match("", split) is not None for split in names]
