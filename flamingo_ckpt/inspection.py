@@ -66,9 +66,9 @@ def find_layout(manifest: Manifest) -> Detection | None:
         return None
 
 
-def other_layout(source: Manifest, written: Manifest) -> str | None:
+def other_layout(source: Manifest, after: Detection | None) -> str | None:
     """The layout that a conversion must have gone to; None where both sides are in one layout."""
-    before, after = find_layout(source), find_layout(written)
+    before = find_layout(source)
     if after is None or (before is not None and before.layout is after.layout):
         return None
     return after.layout.name

@@ -7,6 +7,7 @@ and what goes into the `config.json` beside them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from flamingo_ckpt.bases import Base
 from flamingo_ckpt.diff.sides import Side, checkpoint_side, model_side
 from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.layouts.detect import detect
 from flamingo_ckpt.layouts.layout import Layout
 from flamingo_ckpt.layouts.mapping import assemble, read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
@@ -84,7 +86,7 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         _refuse_idle(request)
         return Prepared(plan=make_plan(manifest, options))
     target = layout_named(request.to)
-    config = _config(manifest, request)
+    config = _config(manifest, request, target)
     rows = _rows(manifest, request, target, config)
     mapping = MapOptions(
         to=target.name,
@@ -98,6 +100,9 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
     plan = make_map_plan(manifest, options, mapping, request.bases)
     if not (request.is_folder and target.hf_config):
         return Prepared(plan=plan)
+    if request.config is None and config is not None and not _is_kept(plan):
+        # A config that is written is checked as if it had been named.
+        return prepare(manifest, options, replace(request, config=_beside(manifest)))
     return _with_config(plan, manifest, request, config)
 
 
@@ -116,11 +121,18 @@ def _refuse_idle(request: Request) -> None:
         )
 
 
-def _config(manifest: Manifest, request: Request) -> ModelConfig | None:
-    """The model's config: what was named, else the one in the source's own folder."""
+def _config(manifest: Manifest, request: Request, target: Layout) -> ModelConfig | None:
+    """The model's config: what was named, else the one in the source's own folder.
+
+    Nobody named that one, so it counts only where it is of the kind of model that is written.
+    """
     from flamingo_ckpt.models.config import read_config
 
-    return read_config(request.config) if request.config else _own_config(manifest)
+    if request.config:
+        return read_config(request.config)
+    own = _own_config(manifest)
+    is_of_kind = own is not None and layout_named(own.layout).space == target.space
+    return own if is_of_kind else None
 
 
 def _own_config(manifest: Manifest) -> ModelConfig | None:
@@ -130,9 +142,14 @@ def _own_config(manifest: Manifest) -> ModelConfig | None:
     if manifest.folder is None:
         return None
     try:
-        return read_config(manifest.folder)
+        return read_config(_beside(manifest))
     except CkptError:
         return None  # a partial model's config, or another kind's; nothing was asked of it
+
+
+def _beside(manifest: Manifest) -> str:
+    """The source's folder, in a form that is no preset's name."""
+    return os.path.abspath(manifest.folder or "")
 
 
 def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelConfig | None) -> Rows:
@@ -215,8 +232,6 @@ def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, Ten
         for one in expectation.tensors
         if one.alias_of is None and one.kind == "parameter"
     ]
-    from flamingo_ckpt.layouts.detect import detect
-
     detection = detect([one.name for one in tensors], config.where, among=(source.name,))
     dims = _dims(config)
     reading = read_atoms(tensors, source.table(detection.family), dims)

@@ -134,3 +134,41 @@ def test_the_head_keeps_the_spelling_of_the_whole_state_dict(tmp_path: Path) -> 
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == model.full.keys()
     assert all(torch.equal(back[name], one) for name, one in model.full.items())
+
+
+def test_a_config_of_another_kind_beside_the_source_is_not_taken(tmp_path: Path) -> None:
+    """A checkpoint in a folder with CLIP's config does not become a Flamingo with that config."""
+    model = zoo.openflamingo("llama")
+    zoo.save_folder(dict(model.partial), zoo.clip().config, tmp_path / "mixed")
+    document = cli_ok(
+        "convert", tmp_path / "mixed", tmp_path / "hf", "--to", "hf-flamingo", "--json"
+    ).document
+    assert document["partial"]
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["model_type"] == "flamingo"
+    assert written["flamingo_ckpt"]["partial"]
+
+
+def test_a_config_beside_the_source_that_contradicts_it_is_refused(tmp_path: Path) -> None:
+    """It would be written beside the result; what is written is checked."""
+    model = zoo.paligemma()
+    config = json.loads(json.dumps(model.config))
+    zoo.save_folder(model.layout("L2"), config, tmp_path / "good")
+    cli_ok("convert", tmp_path / "good", tmp_path / "hub", "--to", "paligemma")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["model_type"] == "paligemma"
+    config["text_config"]["intermediate_size"] *= 2
+    zoo.save_folder(model.layout("L2"), config, tmp_path / "bad")
+    outcome = cli("convert", tmp_path / "bad", tmp_path / "not", "--to", "paligemma", "--json")
+    assert (outcome.code, outcome.codes) == (2, ["FC205"])
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_folder_may_be_called_like_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.paligemma()
+    zoo.save_folder(model.layout("L2"), model.config, tmp_path / "paligemma-3b-pt-224")
+    monkeypatch.chdir(tmp_path)
+    cli_ok("convert", "paligemma-3b-pt-224", "hub", "--to", "paligemma")
+    written = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert written["text_config"]["hidden_size"] == model.config["text_config"]["hidden_size"]

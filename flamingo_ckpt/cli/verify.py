@@ -46,7 +46,7 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     source = open_source(chosen)
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
     found = find_layout(written)
-    plan = plan_source(source, chosen, writes=False, to=other_layout(source, written)).plan
+    plan = plan_source(source, chosen, writes=False, to=other_layout(source, found)).plan
     with out.progress_bar([("verifying", plan.num_bytes)]) as progress:
         result = compare(plan, written, progress.phase("verifying"))
     prefix = describe_prefixes({strip_wrappers(t.name)[1] for t in written.tensors})

@@ -106,7 +106,7 @@ LAYOUTS = (
         space="clip",
         rules=OPEN_CLIP_VISION,
         sentinels=("conv1.", "class_embedding", "transformer.resblocks."),
-        absent_without=("token_embedding.", "ln_final."),
+        never_has=("token_embedding.", "ln_final."),
     ),
     Layout(
         name="open_clip-custom",
@@ -144,7 +144,7 @@ LAYOUTS = (
             *prefixed(HF_VISION, mode="read"),
         ),
         sentinels=("vision_model.", "text_model.", "embeddings.class_embedding", "pre_layrnorm."),
-        absent_without=(
+        never_has=(
             # the flat text tower shares the names of its layers with the flat vision tower
             "embeddings.token_embedding.",
             "final_layer_norm.",
@@ -161,7 +161,7 @@ LAYOUTS = (
         space="clip",
         rules=prefixed(HF_TEXT, mode="read"),
         sentinels=("embeddings.token_embedding.",),
-        absent_without=("embeddings.class_embedding", "pre_layrnorm."),
+        never_has=("embeddings.class_embedding", "pre_layrnorm."),
         read_only="every reader understands the names with `text_model.`: write `hf-clip`",
         hf_config=True,
     ),

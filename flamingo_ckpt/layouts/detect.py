@@ -162,7 +162,7 @@ def _has_evidence(layout: Layout, templates: Iterable[str]) -> bool:
     names = list(templates)
     wanted = not layout.sentinels or any(name.startswith(layout.sentinels) for name in names)
     return wanted and not any(
-        name.startswith(layout.absent_without) for name in names if layout.absent_without
+        name.startswith(layout.never_has) for name in names if layout.never_has
     )
 
 

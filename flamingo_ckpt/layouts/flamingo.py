@@ -185,7 +185,7 @@ LAYOUTS = (
         space="flamingo",
         rules_of=_openflamingo,
         withheld=_WITHHELD,
-        absent_without=(
+        never_has=(
             "lang_encoder.gated_cross_attn_layers.",
             "lang_encoder.old_decoder_blocks.",
         ),
@@ -208,7 +208,7 @@ LAYOUTS = (
             "vision_encoder.visual.",
             "vision_encoder.text_model.",
         ),
-        absent_without=("lang_encoder.old_decoder_blocks.",),
+        never_has=("lang_encoder.old_decoder_blocks.",),
         withheld=_WITHHELD,
         writes_aliases=True,
     ),

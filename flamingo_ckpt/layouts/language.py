@@ -23,6 +23,6 @@ LAYOUTS = (
         rules_of=_own_names,
         # `transformer.wte.weight` alone makes no GPT-J
         min_share=0.5,
-        absent_without=("perceiver.", "lang_encoder.", "vision_tower."),
+        never_has=("perceiver.", "lang_encoder.", "vision_tower."),
     ),
 )

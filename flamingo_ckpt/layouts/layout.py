@@ -26,7 +26,7 @@ class Layout:
         sentinels: templates, one of which only this layout has; detection asks for one of them.
         min_share: of the keys that have to fit for it to be considered; for layouts whose names are
             common ones.
-        absent_without: templates, none of which this layout has.
+        never_has: templates, none of which this layout has.
         needs: templates of canonical names without which it is not the layout of what is written.
         zero_fill: key that a class of this layout wants although it says nothing -> the key whose
             rows it has; written as zeros where no source has it.
@@ -47,7 +47,7 @@ class Layout:
     rules_of: RulesOf | None = None
     sentinels: tuple[str, ...] = ()
     min_share: float = 0.0
-    absent_without: tuple[str, ...] = ()
+    never_has: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     zero_fill: Mapping[str, str] = field(default_factory=dict)
     ends_with_tokens: bool = False

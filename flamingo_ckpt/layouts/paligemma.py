@@ -270,7 +270,7 @@ LAYOUTS = (
         space="paligemma",
         rules=_arrays(_GEMMA_1_NORMS),
         sentinels=_both(_ARRAYS_EVIDENCE),
-        absent_without=_both(_GEMMA_2_EVIDENCE),
+        never_has=_both(_GEMMA_2_EVIDENCE),
     ),
     Layout(
         name="paligemma2-npz",

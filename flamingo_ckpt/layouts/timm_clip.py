@@ -135,7 +135,7 @@ LAYOUTS = (
         space="clip",
         rules=_TIMM_CLIP,
         sentinels=("norm_pre.",),
-        absent_without=("patch_embed.proj.bias", "visual."),
+        never_has=("patch_embed.proj.bias", "visual."),
         zero_fill={"head.bias": "head.weight"},
     ),
     Layout(
