@@ -130,12 +130,12 @@ def _config(manifest: Manifest, request: Request, target: Layout) -> ModelConfig
 
     if request.config:
         return read_config(request.config)
-    own = _own_config(manifest)
+    own = own_config(manifest)
     is_of_kind = own is not None and layout_named(own.layout).space == target.space
     return own if is_of_kind else None
 
 
-def _own_config(manifest: Manifest) -> ModelConfig | None:
+def own_config(manifest: Manifest) -> ModelConfig | None:
     """The config in a checkpoint's own folder, where it describes a whole model."""
     from flamingo_ckpt.models.config import read_config
 
@@ -355,6 +355,7 @@ def open_sides(
         CkptError: where a side cannot be read, or a config is invalid.
     """
     from flamingo_ckpt.models.config import MODEL_PREFIX, read_config
+    from flamingo_ckpt.models.settings import settings_of
 
     configs = [read_config(uri) if uri.startswith(MODEL_PREFIX) else None for uri in (a, b)]
     told = read_config(config) if config else next((one for one in configs if one), None)
@@ -362,7 +363,8 @@ def open_sides(
         None if model else open_checkpoint(uri, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
         for uri, model in zip((a, b), configs, strict=True)
     ]
-    dims = _dims(told or next((own for file in files if file and (own := _own_config(file))), None))
+    own = [own_config(file) if file else None for file in files]
+    dims = _dims(told or next(filter(None, own), None))
     sides: list[Side | None] = [
         checkpoint_side(file, dims, source_layout if at == 0 else None) if file else None
         for at, file in enumerate(files)
@@ -373,7 +375,8 @@ def open_sides(
         if side is None and model is not None:
             side = model_side(model, _layout_for(model, other), dims)
         assert side is not None
-        found.append(side)
+        described = model or own[at]
+        found.append(replace(side, settings=settings_of(described)) if described else side)
     return found[0], found[1], dims
 
 

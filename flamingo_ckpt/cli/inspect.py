@@ -14,6 +14,7 @@ from flamingo_ckpt.report.document import Report, describe_input
 
 if TYPE_CHECKING:
     from flamingo_ckpt.layouts.detect import Detection
+    from flamingo_ckpt.tensors import Manifest
 
 EPILOG = """\b
 Examples:
@@ -67,7 +68,7 @@ def inspect(
         ],
         "metadata": dict(manifest.metadata),
         "pickle_globals": dict(manifest.pickle_globals),
-        "details": dict(manifest.details),
+        "details": {**manifest.details, **_settings_beside(manifest)},
         "layout": _evidence(found.layout),
     }
     if tensors or not out.json:
@@ -94,9 +95,11 @@ def _inspect_model(src: str, *, tensors: bool, argv: tuple[str, ...], started: f
     from flamingo_ckpt.inspection import tensor_rows
     from flamingo_ckpt.models.config import read_config
     from flamingo_ckpt.models.expectation import expect
+    from flamingo_ckpt.models.settings import settings_of
     from flamingo_ckpt.tensors import Manifest
 
-    expected = expect(read_config(src))
+    config = read_config(src)
+    expected = expect(config)
     infos = tuple(tensor.info() for tensor in expected.canonical())
     manifest = Manifest(uri=src, format="model", tensors=infos, files=())
     extra: dict[str, Any] = {
@@ -105,7 +108,7 @@ def _inspect_model(src: str, *, tensors: bool, argv: tuple[str, ...], started: f
         "beside": [],
         "metadata": {},
         "pickle_globals": {},
-        "details": {"alias_trees": expected.alias_trees()},
+        "details": {"alias_trees": expected.alias_trees(), "settings": dict(settings_of(config))},
     }
     if tensors:
         extra["tensors"] = tensor_rows(manifest)
@@ -119,6 +122,18 @@ def _inspect_model(src: str, *, tensors: bool, argv: tuple[str, ...], started: f
         duration_seconds=time.monotonic() - started,
         extra=extra,
     )
+
+
+def _settings_beside(manifest: Manifest) -> dict[str, Any]:
+    """What the config in a checkpoint's own folder says and no tensor shows."""
+    from flamingo_ckpt.prepare import own_config
+
+    config = own_config(manifest)
+    if config is None:
+        return {}
+    from flamingo_ckpt.models.settings import settings_of
+
+    return {"settings": dict(settings_of(config))}
 
 
 def _evidence(detection: Detection | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from flamingo_ckpt.diff import findings as tell
 from flamingo_ckpt.diff.likeness import Pair, find_renamed
 from flamingo_ckpt.diff.names import LostName, lost_names
+from flamingo_ckpt.diff.settings import settings_findings
 from flamingo_ckpt.diff.sides import Side
 from flamingo_ckpt.diff.views import Entry, View, are_comparable, have_one_family, views
 from flamingo_ckpt.errors import CkptError, Finding
@@ -108,6 +109,7 @@ def diff(
         b=b,
         findings=(
             *tell.headlines(a, b),
+            *(settings_findings(a, b) if level != "keys" else ()),
             *tell.twins(a, b, level),
             *(finding for name in changed for finding in different[name]),
             *(tell.renamed(pair) for pair in found.pairs),

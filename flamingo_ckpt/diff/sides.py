@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.safetensors import parse_json_object
@@ -49,6 +49,7 @@ class Side:
         groups: parts of a model that it holds something of.
         prefix: the wrapper prefixes that were removed, or None.
         findings: about its names.
+        settings: what its config says and no tensor shows, such as `vision.hidden_act`.
     """
 
     uri: str
@@ -62,6 +63,7 @@ class Side:
     groups: frozenset[str] = frozenset()
     prefix: str | None = None
     findings: tuple[Finding, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> Table | None:

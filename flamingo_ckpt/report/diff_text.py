@@ -14,6 +14,7 @@ _MAX_ROWS = 12
 _WORDS: Mapping[str, str] = {
     "FC416": "other models",
     "FC417": "two layouts",
+    "FC407": "setting",
     "FC217": "interval",
     "FC202": "two values",
     "FC216": "resizable",

@@ -95,6 +95,7 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
         )
     for path, number in extra["details"].get("alias_trees", {}).items():
         lines.append(f"alias      {count(number, 'name')} under `{path}` in the whole state dict")
+    lines += _settings(extra["details"].get("settings", {}))
     if extra.get("layout"):
         lines += _layout_evidence(extra["layout"], verbose)
     for group in _some(extra["tied"], verbose):
@@ -113,6 +114,15 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
     if extra["pickle_globals"]:
         lines += _globals(extra["pickle_globals"])
     return lines
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    """One line for each part of the model: what no tensor shows."""
+    parts: dict[str, list[str]] = {}
+    for name, value in settings.items():
+        part, _, field = name.partition(".")
+        parts.setdefault(part, []).append(f"{field} {escape(str(value))}")
+    return [f"settings   {part}: " + ", ".join(told) for part, told in parts.items()]
 
 
 def _layout_evidence(layout: Mapping[str, Any], verbose: bool) -> list[str]:
