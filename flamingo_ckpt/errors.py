@@ -81,12 +81,47 @@ CODES: MappingProxyType[str, str] = MappingProxyType(
         "FC405": "model cannot be constructed",
         "FC406": "gated layers fit no interval",
         "FC407": "setting differs",
+        "FC450": "nothing at that place",
+        "FC451": "no tower that gives patch tokens",
+        "FC452": "no such pretrained weights",
+        "FC453": "no decoder layers at that path",
+        "FC454": "tokenizer cannot be read",
+        "FC455": "no such interval of gated cross-attention",
         "FC470": "no such repository",
         "FC471": "no such file or revision on the hub",
         "FC472": "gated repository",
         "FC473": "offline and not in the cache",
         "FC474": "the hub cannot be reached",
         "FC475": "invalid name on the hub",
+        "FC430": "checkpoint does not fit the model",
+        "FC431": "next to nothing matched",
+        "FC432": "another language model",
+        "FC433": "left on the meta device",
+        "FC434": "not loaded on purpose",
+        "FC435": "filled with zeros",
+        "FC436": "cast to the model's dtype",
+        "FC437": "integers for floating-point weights",
+        "FC440": "grid of positions unknown",
+        "FC441": "width of positions differs",
+        "FC442": "class row on one side only",
+        "FC443": "text positions",
+        "FC444": "grid does not fit the source",
+        "FC445": "not a table of positions",
+        "FC446": "positions resized",
+        "FC460": "value that no checkpoint holds",
+        "FC461": "parallel wrapper",
+        "FC462": "nothing to save",
+        "FC463": "training state does not fit",
+        "FC464": "training step cannot be made",
+        "FC465": "another process failed",
+        "FC456": "tokenizer does not serve",
+        "FC457": "head and embedding: config and file disagree",
+        "FC458": "several dtypes",
+        "FC459": "adapters or quantised weights",
+        "FC466": "accelerate is not installed",
+        "FC467": "weights could only be unpickled",
+        "FC468": "no token for images is known",
+        "FC469": "a head of its own, and a config that ties it",
         "FC501": "pickle names code that could run",
         "FC502": "tensor depends on an unknown class",
         "FC503": "path leaves the folder",
@@ -162,6 +197,29 @@ class FormatError(CkptError):
 
 class UnsafeError(CkptError):
     """The file names something that could run code, or reaches outside its folder."""
+
+
+class LoadError(CkptError, RuntimeError):
+    """A checkpoint does not fit a module. Nothing of the module was changed.
+
+    Args:
+        message: as of every error; several lines.
+        report: a `LoadReport`: every key that is missing, unexpected or of another shape.
+        code, where, hint, key: as of every error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        report: Any = None,
+        code: str,
+        where: str | None = None,
+        hint: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        super().__init__(message, code=code, where=where, hint=hint, key=key)
+        self.report = report
 
 
 class WriteError(CkptError):

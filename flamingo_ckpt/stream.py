@@ -105,7 +105,7 @@ def derive(
     Raises:
         FormatError: FC105 where the source's checksum does not fit, FC102 where it is short.
     """
-    whole = step.runs[0] if len(step.runs) == 1 and _covers(step.runs[0]) else None
+    whole = step.runs[0] if len(step.runs) == 1 and covers(step.runs[0]) else None
     storage = whole.storage if whole is not None else None
     stored_crc = storage.crc32 if storage is not None else None
     on_the_way = whole is not None and stored_crc is not None
@@ -152,7 +152,7 @@ def _blocks(step: Step, buffer: bytearray) -> Iterator[memoryview]:
 _ONE_TO_ZERO = bytes([0, 0, *range(2, 256)])
 
 
-def _covers(tensor: TensorInfo) -> bool:
+def covers(tensor: TensorInfo) -> bool:
     """Whether reading the tensor reads its whole storage in order, but for a small head."""
     if tensor.storage is None or tensor.num_bytes == 0:
         return False
@@ -178,7 +178,7 @@ def unchecked_storages(steps: Iterable[Step]) -> list[Storage]:
             if storage is None or storage.crc32 is None:
                 continue
             wanted[id(storage)] = storage
-            if len(step.runs) == 1 and _covers(run):
+            if len(step.runs) == 1 and covers(run):
                 covered.add(id(storage))
     return [storage for key, storage in wanted.items() if key not in covered]
 

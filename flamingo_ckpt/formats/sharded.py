@@ -62,7 +62,7 @@ def open_folder(
 
 
 def _shards_named(folder: str, index: str) -> set[str]:
-    return set(_read_index(os.path.join(folder, index))[0].values())
+    return set(shards_of(os.path.join(folder, index)))
 
 
 def open_index(
@@ -117,6 +117,16 @@ def _read_index(path: str) -> tuple[dict[str, str], Mapping[str, Any]]:
                 hint="an index names files in its own folder and nothing else",
             )
     return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def shards_of(index: str) -> list[str]:
+    """The plain names of the files that an index puts its tensors into, sorted.
+
+    Raises:
+        FormatError: FC101, FC111 where it is no index.
+        UnsafeError: FC503 for a file elsewhere.
+    """
+    return sorted(set(_read_index(index)[0].values()))
 
 
 def _is_plain_name(name: str) -> bool:

@@ -75,6 +75,10 @@ class FileSource:
         except OSError as error:
             raise self._failed(error) from error
 
+    def fileno(self) -> int:
+        """The descriptor, for mapping the file; it stays this object's."""
+        return self._fd
+
     def check_unchanged(self) -> None:
         """Raise FC007 when the file is no longer the one that was opened."""
         now = os.fstat(self._fd)

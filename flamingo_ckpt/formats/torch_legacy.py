@@ -36,6 +36,43 @@ def read_torch_legacy(source: ByteSource, *, wrapper_key: str | None = None) -> 
         UnsafeError: FC501 or FC502.
     """
     where = source.name
+    pickled, objects, little_writer, num_storages = _read_stream(source)
+    select = select_weights(pickled.value, objects, wrapper_key, where)
+    no_checksum = Finding(
+        code="FC114",
+        severity="info",
+        detail="the legacy format carries no checksum: damage in the source cannot be noticed",
+    )
+    return Manifest(
+        uri=where,
+        format="torch-legacy",
+        tensors=select.tensors,
+        files=((where, source.size),),
+        wrapper=select.key,
+        pickle_globals=classify_globals(pickled),
+        beside=select.beside,
+        findings=(no_checksum, *unknown_findings(select.unknown_classes)),
+        details={
+            "byteorder": "little",
+            "written_on": "little-endian" if little_writer else "big-endian",
+            "num_storages": num_storages,
+        },
+        sources=(source,),
+    )
+
+
+def read_legacy_pickle(source: ByteSource) -> tuple[Pickled, TorchObjects]:
+    """The object of a legacy stream, read inertly, and what gives its tensors.
+
+    Raises:
+        FormatError, UnsafeError: as for `read_torch_legacy`.
+    """
+    pickled, objects, _, _ = _read_stream(source)
+    return pickled, objects
+
+
+def _read_stream(source: ByteSource) -> tuple[Pickled, TorchObjects, bool, int]:
+    where = source.name
     at = 0
     parts: list[Pickled] = []
     for label in ("magic number", "protocol version", "system facts", "object", "storage keys"):
@@ -55,28 +92,7 @@ def read_torch_legacy(source: ByteSource, *, wrapper_key: str | None = None) -> 
 
     # A big-endian machine swaps while it writes this format, so the elements are always little.
     objects = TorchObjects(find, "little", where)
-    select = select_weights(pickled.value, objects, wrapper_key, where)
-    no_checksum = Finding(
-        code="FC114",
-        severity="info",
-        detail="the legacy format carries no checksum: damage in the source cannot be noticed",
-    )
-    return Manifest(
-        uri=where,
-        format="torch-legacy",
-        tensors=select.tensors,
-        files=((where, source.size),),
-        wrapper=select.key,
-        pickle_globals=classify_globals(pickled),
-        beside=select.beside,
-        findings=(no_checksum, *unknown_findings(select.unknown_classes)),
-        details={
-            "byteorder": "little",
-            "written_on": "little-endian" if little_writer else "big-endian",
-            "num_storages": len(storages),
-        },
-        sources=(source,),
-    )
+    return pickled, objects, little_writer, len(storages)
 
 
 def _little_endian_writer(facts: Any, where: str) -> bool:

@@ -74,6 +74,11 @@ class TorchObjects:
         self._where = where
         self._storages: dict[int, StorageRef] = {}
 
+    @property
+    def byteorder(self) -> str:
+        """Of the file: `little` or `big`."""
+        return self._byteorder
+
     def tensor(self, node: Any, name: str) -> TensorInfo | None:
         """The tensor that `node` describes, or None when it describes something else.
 

@@ -30,22 +30,8 @@ def read_torch_zip(
         FormatError, UnsafeError, CkptError: naming the record or the key.
     """
     where = source.name
-    root = _find_root(archive, where)
-    version = _read_version(archive, root, where)
-    byteorder = _read_byteorder(archive, root, where)
-    pickle_name = f"{root}data.pkl"
-    archive.read(pickle_name, MAX_PICKLE_BYTES)  # checks its CRC before a byte is interpreted
-    data, offset = archive.locate(pickle_name)
-    end = offset + archive.entries[pickle_name].num_bytes
-    pickled = read_pickle(data, offset, end, f"{where}: {pickle_name}")
-    if pickled.end != end:
-        raise FormatError(
-            f"{end - pickled.end} bytes follow the pickle in `{pickle_name}`",
-            code="FC110",
-            where=where,
-        )
-    storages: dict[str, Storage] = {}
-    objects = TorchObjects(_finder(archive, root, storages, where), byteorder, where)
+    version = _read_version(archive, _find_root(archive, where), where)
+    pickled, objects, root = read_zip_pickle(source, archive)
     scripted = f"{root}constants.pkl" in archive
     if scripted:
         select = read_module(pickled.value, objects, where)
@@ -65,13 +51,38 @@ def read_torch_zip(
             + no_checksums(where, archive.without_checksum())
         ),
         details={
-            "byteorder": byteorder,
+            "byteorder": objects.byteorder,
             "version": version,
             "num_storages": sum(1 for name in archive.entries if name.startswith(f"{root}data/")),
         },
         sources=(source,),
         check=archive.check,
     )
+
+
+def read_zip_pickle(source: ByteSource, archive: ZipArchive) -> tuple[Pickled, TorchObjects, str]:
+    """The `data.pkl` of a torch zip, read inertly, what gives its tensors, and its folder.
+
+    Raises:
+        FormatError, UnsafeError: naming the record.
+    """
+    where = source.name
+    root = _find_root(archive, where)
+    byteorder = _read_byteorder(archive, root, where)
+    pickle_name = f"{root}data.pkl"
+    archive.read(pickle_name, MAX_PICKLE_BYTES)  # checks its CRC before a byte is interpreted
+    data, offset = archive.locate(pickle_name)
+    end = offset + archive.entries[pickle_name].num_bytes
+    pickled = read_pickle(data, offset, end, f"{where}: {pickle_name}")
+    if pickled.end != end:
+        raise FormatError(
+            f"{end - pickled.end} bytes follow the pickle in `{pickle_name}`",
+            code="FC110",
+            where=where,
+        )
+    storages: dict[str, Storage] = {}
+    objects = TorchObjects(_finder(archive, root, storages, where), byteorder, where)
+    return pickled, objects, root
 
 
 def is_torch_zip(archive: ZipArchive) -> bool:

@@ -334,4 +334,9 @@ def _nothing(root: Any, census: Census, where: str) -> CkptError:
             where=where,
             hint="name the part that holds the weights: `--wrapper-key KEY`",
         )
-    return CkptError(f"it holds no tensors, only: {describe(root)}", code="FC201", where=where)
+    return CkptError(
+        f"it holds no tensors, only: {describe(root)}",
+        code="FC201",
+        where=where,
+        hint="is it the file that was meant? weights are saved by `torch.save(model.state_dict(), ...)`",
+    )

@@ -182,7 +182,7 @@ def _taken_apart(
     loss = match.rule.loss
     whole = Strided.over(tensor.shape, tensor.strides or contiguous_strides(tensor.shape))
     known = {**dims, **({"part": len(match.parts)} if match.parts else {})}
-    form = _form(tensor, match, known)
+    form = form_of(tensor, match, known)
     if form is None:
         yield match.canonical({}), Piece(tensor, tensor.dtype, whole, loss)
         return
@@ -195,7 +195,7 @@ def _taken_apart(
         yield name, Piece(tensor, tensor.dtype, view, loss)
 
 
-def _form(tensor: TensorInfo, match: Match, known: Mapping[str, int]) -> Arrangement | None:
+def form_of(tensor: TensorInfo, match: Match, known: Mapping[str, int]) -> Arrangement | None:
     """How the tensor is stored: one of the rule's further ways where it fits, or the usual one."""
     for text in match.rule.also:
         form = Arrangement.parse(text)

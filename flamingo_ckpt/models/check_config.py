@@ -20,6 +20,9 @@ FLAMINGO_DEFAULTS: Mapping[str, int] = {
     "cross_attn_heads": 8,
     "cross_attn_ff_mult": 4,
 }
+#: Which of the vision tower's tokens the perceiver is given; the first is what every OpenFlamingo
+#: was trained on, and the default.
+VISION_TOKENS = ("before_ln_post", "after_ln_post")
 _FLAMINGO_BOUNDS = {"perceiver_depth": MAX_LAYERS, "perceiver_num_latents": 1 << 16}
 #: transformers' defaults: its configs leave out what is equal to them.
 CLIP_VISION_DEFAULTS: Mapping[str, Any] = {
@@ -72,12 +75,28 @@ def check_flamingo(fields: Fields, data: dict[str, Any]) -> None:
     for name in ("max_num_frames", "max_num_media"):
         fields.optional(name, high=1 << 16)
     fields.flag("tie_word_embeddings")
+    _check_token_ids(fields, text)
+    data["vision_tokens"] = fields.text("vision_tokens") or VISION_TOKENS[0]
+    if data["vision_tokens"] not in VISION_TOKENS:
+        choices = " or ".join(f"`{one}`" for one in VISION_TOKENS)
+        raise fields.wrong("vision_tokens", data["vision_tokens"], choices)
     if fields.data.get("lora_config"):
         raise fields.error(
             "`lora_config` is set: a language model with adapters has no module tree here",
             "FC405",
             "merge the adapters first, and remove `lora_config`",
         )
+
+
+def _check_token_ids(fields: Fields, text: Fields) -> None:
+    """The ids of `<image>` and `<|endofchunk|>`, where they are given."""
+    rows = text.data.get("vocab_size")
+    high = (rows if isinstance(rows, int) else MAX_ROWS) - 1
+    image, end = (
+        fields.optional(name, low=0, high=high) for name in ("media_token_id", "eoc_token_id")
+    )
+    if image is not None and image == end:
+        raise fields.contradiction(f"`media_token_id` and `eoc_token_id` are both {image}")
 
 
 def check_clip(fields: Fields, data: dict[str, Any]) -> None:
@@ -168,6 +187,8 @@ def check_paligemma(fields: Fields, data: dict[str, Any]) -> None:
     text.flag("tie_word_embeddings")
     fields.flag("tie_word_embeddings")
     text.divisible("num_attention_heads", heads, "num_key_value_heads", groups or 1)
+    for name in ("image_token_index", "image_token_id"):
+        fields.optional(name, low=0, high=MAX_ROWS)
     # A config without the field would get a pooling head from transformers' class, which no
     # PaliGemma has.
     inner = fields.section("vision_config").data

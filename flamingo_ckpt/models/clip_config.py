@@ -26,6 +26,32 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
 }
 
 
+#: hidden_act of transformers -> (open_clip's `quick_gelu`, its `act_kwargs`).
+_ACTIVATIONS: Mapping[str, tuple[bool, dict[str, Any] | None]] = {
+    "quick_gelu": (True, None),
+    "gelu": (False, None),
+    "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
+}
+_EPSILON = 1e-5
+
+
+def is_quick_gelu(tower: Mapping[str, Any], path: str, where: str) -> bool:
+    """open_clip's `quick_gelu` for a tower of transformers.
+
+    Raises:
+        CkptError: FC405 for an activation that open_clip's towers do not have.
+    """
+    activation = tower.get("hidden_act") or "quick_gelu"
+    if activation not in _ACTIVATIONS:
+        raise CkptError(
+            f"`{path}hidden_act` is {activation!r}, which open_clip's towers do not have; they "
+            "have: " + ", ".join(_ACTIVATIONS),
+            code="FC405",
+            where=where,
+        )
+    return _ACTIVATIONS[activation][0]
+
+
 def open_clip_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
     """`vision_cfg` of open_clip for transformers' `vision_config`."""
     return {
@@ -36,12 +62,24 @@ def open_clip_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_clip_config(data: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's form of a completed config of transformers' CLIPModel."""
+def open_clip_config(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """open_clip's form of a completed config of transformers' CLIPModel.
+
+    Raises:
+        CkptError: FC405 for an activation that open_clip does not have, or not beside the other.
+    """
     text = data["text_config"]
+    quick = is_quick_gelu(data["vision_config"], "vision_config.", where)
+    if is_quick_gelu(text, "text_config.", where) != quick:
+        raise CkptError(
+            "`hidden_act` differs between the towers: open_clip has one `quick_gelu` for both",
+            code="FC405",
+            where=where,
+            hint="this model exists in the layout `hf-clip` only",
+        )
     return {
         "embed_dim": data["projection_dim"],
-        "quick_gelu": data["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu",
+        "quick_gelu": quick,
         "vision_cfg": open_clip_vision(data["vision_config"]),
         "text_cfg": {
             **_tower(text),
@@ -54,7 +92,11 @@ def open_clip_config(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
     width = config["hidden_size"]
+    activation = _ACTIVATIONS.get(config.get("hidden_act") or "quick_gelu", (False, None))
+    epsilon = config.get("layer_norm_eps") or _EPSILON
     return {
+        **({"act_kwargs": activation[1]} if activation[1] else {}),
+        **({"norm_kwargs": {"eps": epsilon}} if epsilon != _EPSILON else {}),
         "width": width,
         "layers": config["num_hidden_layers"],
         # open_clip cuts width * ratio to a whole number; half a unit more keeps it from falling
@@ -77,7 +119,6 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if data.get("init_logit_bias") is not None:
         raise _no_counterpart("init_logit_bias", data["init_logit_bias"], where)
     width, text_width = vision.get("width", 768), text.get("width", 512)
-    activation = "quick_gelu" if data.get("quick_gelu") else "gelu"
     return {
         "model_type": "clip",
         "projection_dim": data["embed_dim"],
@@ -91,7 +132,7 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "patch_size": _side(vision, "patch_size", 16, where),
             "num_channels": 3,
             "projection_dim": data["embed_dim"],
-            "hidden_act": activation,
+            **_arithmetic(data, "vision_cfg", where),
         },
         "text_config": {
             "model_type": "clip_text_model",
@@ -106,9 +147,23 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "pad_token_id": 1,
             "max_position_embeddings": text.get("context_length", 77),
             "projection_dim": data["embed_dim"],
-            "hidden_act": activation,
+            **_arithmetic(data, "text_cfg", where),
         },
     }
+
+
+def _arithmetic(data: Mapping[str, Any], part: str, where: str) -> dict[str, Any]:
+    """Activation and epsilon of a tower in open_clip's form, as transformers names them."""
+    tower = data[part]
+    quick, options = bool(data.get("quick_gelu")), tower.get("act_kwargs") or None
+    name = next((n for n, form in _ACTIVATIONS.items() if form == (quick, options)), None)
+    if name is None:
+        raise _no_counterpart(f"{part}.act_kwargs", options, where)
+    norm = dict(tower.get("norm_kwargs") or {})
+    epsilon = norm.pop("eps", _EPSILON)
+    if norm:
+        raise _no_counterpart(f"{part}.norm_kwargs", norm, where)
+    return {"hidden_act": name, **({"layer_norm_eps": epsilon} if epsilon != _EPSILON else {})}
 
 
 def _refuse(path: str, tower: Mapping[str, Any], where: str) -> None:

@@ -75,6 +75,15 @@ def read_config(uri: str) -> ModelConfig:
     return parse_config(_load(path), path)
 
 
+def read_json(path: str) -> Any:
+    """A JSON document such as a config: strict, of bounded size and depth.
+
+    Raises:
+        CkptError: FC404 where it cannot be read, FC401 where it is not such a document.
+    """
+    return _load(path)
+
+
 def parse_config(mapping: object, where: str, *, layout: str | None = None) -> ModelConfig:
     """Check a config that was read already.
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.models.assemble import assemble, language_config
 from flamingo_ckpt.models.check_config import config_dtype
 from flamingo_ckpt.models.config import ModelConfig
 from flamingo_ckpt.models.expectation import ALIAS_TREES, ExpectedTensor
-from flamingo_ckpt.models.families import Family, find_family
-from flamingo_ckpt.models.fields import Fields
+from flamingo_ckpt.models.families import Family
 from flamingo_ckpt.tensors import DTYPES, TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# `logging.ERROR`
-_ERRORS_ONLY = 40
 #: name -> (group, base, whether a release has it); aliases are asked about by their own name.
 Classify = Callable[[str, bool], tuple[str, str | None, bool]]
 
@@ -48,49 +43,8 @@ def construct(config: ModelConfig, layout: str) -> tuple[ExpectedTensor, ...]:
         CkptError: FC405 where the classes refuse the config or a library is not installed, FC403
             where transformers has no class for it.
     """
-    try:
-        from flamingo_ckpt.models.torchvision_compat import import_torchvision
-
-        import_torchvision()
-        import torch
-
-        with _quiet_libraries(), torch.device("meta"), torch.no_grad():
-            built = _BUILDERS[layout](config, layout)
-    except CkptError as error:
-        raise error.at(config.where) from None
-    except ImportError as error:
-        raise CkptError(
-            f"cannot construct the model: {error}",
-            code="FC405",
-            where=config.where,
-            hint="torch, transformers and open_clip_torch have to be installed",
-        ) from error
-    except Exception as error:  # whatever the classes of three libraries raise
-        raise CkptError(
-            f"cannot construct the model: {type(error).__name__}: {_first_line(error)}",
-            code="FC405",
-            where=config.where,
-        ) from error
+    built = _READERS[layout](config, layout, assemble(config, layout))
     return tuple(_read(built, config_dtype(config.data)))
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No advice of the libraries about their own defaults: nobody here chose them."""
-    from transformers.utils import logging as advice
-
-    level = advice.get_verbosity()
-    advice.set_verbosity(_ERRORS_ONLY)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        advice.set_verbosity(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _read(built: Built, dtype: str) -> list[ExpectedTensor]:
@@ -134,65 +88,14 @@ def _dtype_of(tensor: torch.Tensor, wanted: str) -> str:
 # --- Flamingo -------------------------------------------------------------------------------------
 
 
-def _flamingo(config: ModelConfig, layout: str) -> Built:
-    from flamingo_ckpt.models import backbones
-    from flamingo_ckpt.models.modules.cross_attention import GatedCrossAttentionBlock
-    from flamingo_ckpt.models.modules.flamingo import HFFlamingo, OpenFlamingo
-    from flamingo_ckpt.models.modules.perceiver import PerceiverResampler
-
-    data, is_hf = config.data, layout == "hf-flamingo"
-    vision = data["vision_config"]
-    text, family, layers = _language_config(config)
-    language, width = backbones.language_model(text, family)
-    embedding = _embedding_name(language)
-    perceiver = PerceiverResampler(
-        dim=vision["hidden_size"],
-        **_options(data, "perceiver_", "depth dim_head heads num_latents ff_mult"),
-        max_num_frames=data.get("max_num_frames"),
-        max_num_media=data.get("max_num_media"),
-        paired=not is_hf,
-    )
-
-    def block() -> GatedCrossAttentionBlock:
-        return GatedCrossAttentionBlock(
-            dim=width,
-            dim_visual=vision["hidden_size"],
-            **_options(data, "cross_attn_", "dim_head heads ff_mult"),
-            ff_name="feed_forward" if is_hf else "ff",
-        )
-
-    parts: dict[str, Any] = {
-        "perceiver": perceiver,
-        "language": language,
-        "layers": layers,
-        "every": data["cross_attn_every_n_layers"],
-        "make_block": block,
-    }
-    module: nn.Module
-    if is_hf:
-        module = HFFlamingo(vision=backbones.hf_vision_tower(vision), **parts)
-    else:
-        tower = backbones.open_clip_vision_tower(vision)
-        module = OpenFlamingo(vision=tower, keep_decoders=layout == "openflamingo", **parts)
+def _flamingo(config: ModelConfig, layout: str, module: nn.Module) -> Built:
+    _, family, layers = language_config(config)
+    embedding = _embedding_name(module.get_submodule("lang_encoder"))
     return Built(
         module=module,
         renames=_flamingo_renames(family, layout),
         classify=_flamingo_classes(f"lang_encoder.{layers}.", embedding, layout, family),
     )
-
-
-def _language_config(config: ModelConfig) -> tuple[dict[str, Any], Family | None, str]:
-    data, by_hand = config.data, config.data.get("decoder_layers_attr_name")
-    text = dict(data["text_config"] if config.kind == "flamingo" else data)
-    tied = data.get("tie_word_embeddings")
-    if text.get("tie_word_embeddings") is None and tied is not None:
-        text["tie_word_embeddings"] = tied
-    family = find_family(Fields(text, "text_config.", config.where), by_hand)
-    return text, family, family.layers if family is not None else str(by_hand)
-
-
-def _options(data: Mapping[str, Any], prefix: str, names: str) -> dict[str, Any]:
-    return {name: data[prefix + name] for name in names.split()}
 
 
 def _embedding_name(language: Any) -> str:
@@ -256,27 +159,16 @@ def _flamingo_classes(layers: str, embedding: str, layout: str, family: Family |
 # --- the others -----------------------------------------------------------------------------------
 
 
-def _open_clip(config: ModelConfig, layout: str) -> Built:  # noqa: ARG001
-    from flamingo_ckpt.models import backbones, clip_config
-
-    is_native = "vision_cfg" in config.data
-    data = config.data if is_native else clip_config.open_clip_config(config.data)
-    return Built(module=backbones.open_clip_model(data), renames={}, classify=_clip_classes)
+def _open_clip(config: ModelConfig, layout: str, module: nn.Module) -> Built:  # noqa: ARG001
+    return Built(module=module, renames={}, classify=_clip_classes)
 
 
-def _hf_clip(config: ModelConfig, layout: str) -> Built:  # noqa: ARG001
-    from flamingo_ckpt.models import backbones, clip_config
-
-    data = config.data
+def _hf_clip(config: ModelConfig, layout: str, module: nn.Module) -> Built:  # noqa: ARG001
+    renames: dict[str, str] = {}
     if config.kind == "clip_vision":
-        projected = "CLIPVisionModelWithProjection" in (data.get("architectures") or [])
-        tower = backbones.hf_vision_tower(data, projection=projected)
         keep = ("vision_model.", "visual_projection.")
         renames = {**{prefix: prefix for prefix in keep}, "": "vision_model."}
-        return Built(module=tower, renames=renames, classify=_clip_classes)
-    if "vision_cfg" in data:
-        data = clip_config.hf_clip_config(data, config.where)
-    return Built(module=backbones.hf_clip(data), renames={}, classify=_clip_classes)
+    return Built(module=module, renames=renames, classify=_clip_classes)
 
 
 def _clip_classes(name: str, is_alias: bool) -> tuple[str, str | None, bool]:
@@ -286,11 +178,9 @@ def _clip_classes(name: str, is_alias: bool) -> tuple[str, str | None, bool]:
     return ("vision" if is_vision else "text"), None, not is_alias
 
 
-def _paligemma(config: ModelConfig, layout: str) -> Built:  # noqa: ARG001
-    from flamingo_ckpt.models import backbones
-
+def _paligemma(config: ModelConfig, layout: str, module: nn.Module) -> Built:  # noqa: ARG001
     return Built(
-        module=backbones.paligemma(config.data),
+        module=module,
         # From the names in memory to those of the hub, which every version reads.
         renames={
             "model.vision_tower.vision_model.": "vision_tower.vision_model.",
@@ -315,11 +205,8 @@ def _paligemma_classes(name: str, is_alias: bool) -> tuple[str, str | None, bool
     return group, None, not is_alias
 
 
-def _language(config: ModelConfig, layout: str) -> Built:  # noqa: ARG001
-    from flamingo_ckpt.models import backbones
-
-    text, family, layers = _language_config(config)
-    module, _ = backbones.language_model(text, family)
+def _language(config: ModelConfig, layout: str, module: nn.Module) -> Built:  # noqa: ARG001
+    _, family, layers = language_config(config)
     embedding = _embedding_name(module)
 
     def classify(name: str, is_alias: bool) -> tuple[str, str | None, bool]:
@@ -331,7 +218,7 @@ def _language(config: ModelConfig, layout: str) -> Built:  # noqa: ARG001
     return Built(module=module, renames=renames, classify=classify)
 
 
-_BUILDERS: Mapping[str, Callable[[ModelConfig, str], Built]] = {
+_READERS: Mapping[str, Callable[[ModelConfig, str, nn.Module], Built]] = {
     "openflamingo": _flamingo,
     "openflamingo-v1": _flamingo,
     "hf-flamingo": _flamingo,

@@ -26,8 +26,8 @@ class Family:
         hidden_size, num_layers, num_heads, mlp: names of the fields that size it; `mlp` is empty
             where a ratio does it.
         optional: further fields that decide names or shapes.
-        fixed: what these (dotted) fields must be where they are given, because the module tree
-            that is built for the family has no other form.
+        fixed: what these (dotted) fields must be where they are given, because the module that is
+            built for the family has no other form: a value, or several in a tuple.
         signature: a decoder leaf that no other family has.
         up_projection: the leaf whose rows are the width of the MLP.
     """
@@ -49,12 +49,42 @@ class Family:
         return LANGUAGE_FAMILIES[self.name].layers
 
 
-_MOSAIC_FIXED = {
-    "attn_config.alibi": True,
-    "attn_config.qk_ln": False,
-    "attn_config.attn_type": "multihead_attention",
-    "expansion_ratio": 4,
+#: What both of MosaicML's families have in one form here, training included.
+_MOSAIC_FIXED: Mapping[str, Any] = {
     "no_bias": True,
+    "logit_scale": None,
+    "embedding_fraction": 1,
+    "emb_pdrop": 0,
+    "resid_pdrop": 0,
+}
+#: transformers' MPT takes these fields, and then computes as if they had the value that is here.
+_MPT_FIXED: Mapping[str, Any] = {
+    **_MOSAIC_FIXED,
+    "expansion_ratio": 4,
+    "norm_type": ("low_precision_layernorm", "layernorm"),
+    "final_logit_softcapping": None,
+    "block_overrides": None,
+    "ffn_config.ffn_type": "mptmlp",
+    "attn_config.alibi": True,
+    "attn_config.attn_type": "multihead_attention",
+    "attn_config.qk_ln": False,
+    "attn_config.qk_gn": False,
+    "attn_config.rope": False,
+    "attn_config.prefix_lm": False,
+    "attn_config.attn_uses_sequence_id": False,
+    "attn_config.attn_pdrop": 0,
+    "attn_config.sliding_window_size": -1,
+    "attn_config.attn_logit_softcapping": None,
+}
+_MOSAIC_GPT_FIXED: Mapping[str, Any] = {
+    **_MOSAIC_FIXED,
+    "alibi": True,
+    "attn_qk_ln": True,
+    "attn_pdrop": 0,
+    "attn_clip_qkv": None,
+    "softmax_scale": None,
+    "prefix_lm": False,
+    "attn_uses_sequence_id": False,
 }
 _FAMILIES = (
     Family(
@@ -65,7 +95,7 @@ _FAMILIES = (
         num_heads="n_heads",
         mlp="",
         optional=("mlp_ratio",),
-        fixed={"alibi": True, "attn_qk_ln": True, "no_bias": True},
+        fixed=_MOSAIC_GPT_FIXED,
         signature="attn.q_ln.weight",
         up_projection="mlp.mlp_up.weight",
     ),
@@ -76,7 +106,7 @@ _FAMILIES = (
         num_layers="n_layers",
         num_heads="n_heads",
         mlp="",
-        fixed=_MOSAIC_FIXED,
+        fixed=_MPT_FIXED,
         signature="ffn.up_proj.weight",
         up_projection="ffn.up_proj.weight",
     ),
@@ -214,9 +244,17 @@ def _check_optional(text: Fields, family: Family, heads: int) -> None:
             text.flag(name)
     for name, wanted in family.fixed.items():
         value = lookup(text.data, name)
-        if value is not None and value != wanted:
+        choices = wanted if isinstance(wanted, tuple) else (wanted,)
+        if value is not None and value not in choices:
             raise text.error(
                 f"`{text.path}{name}` is {escape(repr(value))[:60]}; a `{family.name}` is built "
-                f"with {wanted!r} only",
+                f"with {' or '.join(map(repr, choices))} only",
                 "FC405",
             )
+    groups = lookup(text.data, "attn_config.kv_n_heads")
+    if family.name == "mpt" and groups not in (None, heads):
+        raise text.error(
+            f"`{text.path}attn_config.kv_n_heads` is {escape(repr(groups))[:60]}; a `mpt` is built "
+            f"with as many as `n_heads` ({heads}) only",
+            "FC405",
+        )

@@ -45,7 +45,9 @@ _MPT_1B = {
     "n_heads": 16,
     "n_layers": 24,
     "mlp_ratio": 4,
+    "max_seq_len": 2048,
     "alibi": True,
+    "alibi_bias_max": 8,
     "attn_qk_ln": True,
     "no_bias": True,
 }
@@ -56,6 +58,10 @@ _MPT_7B = {
     "n_heads": 32,
     "n_layers": 32,
     "expansion_ratio": 4,
+    "max_seq_len": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "no_bias": True,
+    "attn_config": {"alibi": True, "alibi_bias_max": 8},
     "tie_word_embeddings": True,
 }
 _RPJ_3B = {
@@ -65,6 +71,15 @@ _RPJ_3B = {
     "intermediate_size": 10240,
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 1.0,
+    "rotary_emb_base": 10000,
+    # one branch after the other, other than Pythia
+    "use_parallel_residual": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
     "tie_word_embeddings": False,
 }
 _LLAMA_7B = {
@@ -74,6 +89,11 @@ _LLAMA_7B = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
 _FLAMINGO, _OTTER = "FlamingoForConditionalGeneration", "OtterForConditionalGeneration"
@@ -92,11 +112,18 @@ _FLAMINGOS: tuple[tuple[str, str, Mapping[str, Any], int, int, str], ...] = (
 )
 
 
+#: Length of the tokenizer: GPT-NeoX-20B's, and LLaMA's.
+_NUM_TOKENS = {"mosaic_gpt": 50277, "mpt": 50277, "gpt_neox": 50277, "llama": 32000}
+
+
 def _flamingo(text: Mapping[str, Any], rows: int, every: int, architecture: str) -> dict[str, Any]:
     return {
         "model_type": "otter" if architecture == _OTTER else "flamingo",
         "architectures": [architecture],
         "cross_attn_every_n_layers": every,
+        # `<|endofchunk|>` and `<image>` come right after the tokenizer's own.
+        "eoc_token_id": _NUM_TOKENS[text["model_type"]],
+        "media_token_id": _NUM_TOKENS[text["model_type"]] + 1,
         "torch_dtype": "float32",
         "text_config": {**text, "vocab_size": rows},
         "vision_config": _VIT_L,
@@ -158,6 +185,10 @@ _GEMMA_KEYS = (
 )
 
 
+#: Gemma 2 (27B) scales its queries by its width over its heads, the others by that of a head.
+_QUERY_SCALARS = {4608: 144}
+
+
 def _paligemma(gemma: str, sizes: tuple[int, ...], image_size: int) -> dict[str, Any]:
     return {
         "model_type": "paligemma",
@@ -170,6 +201,11 @@ def _paligemma(gemma: str, sizes: tuple[int, ...], image_size: int) -> dict[str,
             "model_type": gemma,
             "vocab_size": 257216,
             **dict(zip(_GEMMA_KEYS, sizes, strict=True)),
+            **(
+                {"query_pre_attn_scalar": _QUERY_SCALARS.get(sizes[0], 256)}
+                if gemma == "gemma2"
+                else {}
+            ),
         },
         "vision_config": {**_SIGLIP, "image_size": image_size},
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo_ckpt.models.modules.attention import (
     attend,
@@ -154,6 +155,13 @@ class PerceiverResampler(nn.Module):
                 layers.append(PerceiverBlock(**sizes, ff_mult=ff_mult))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(dim)
+        #: compute the layers anew in the backward pass instead of keeping what they computed
+        self.uses_checkpointing = False
+
+    def check_numbers(self, *, num_frames: int, num_media: int) -> None:
+        """Raise `ValueError` for more frames or media than the resampler can tell apart."""
+        _check_number("frames", num_frames, self.frame_embs, alone=1)
+        _check_number("media", num_media, self.media_time_embs, alone=num_media)
 
     def forward(self, media: torch.Tensor) -> torch.Tensor:
         """The latents of every image or video.
@@ -169,8 +177,7 @@ class PerceiverResampler(nn.Module):
                 has one: nothing would tell their order.
         """
         batch, num_media, num_frames = media.shape[:3]
-        _check_number("frames", num_frames, self.frame_embs, alone=1)
-        _check_number("media", num_media, self.media_time_embs, alone=num_media)
+        self.check_numbers(num_frames=num_frames, num_media=num_media)
         if self.frame_embs is not None:
             media = media + self.frame_embs[:num_frames, None]
         media = rearrange(media, "b m f n d -> b m (f n) d")
@@ -178,14 +185,21 @@ class PerceiverResampler(nn.Module):
             media = media + self.media_time_embs[:num_media]
         latents = self.latents.expand(batch, num_media, -1, -1)
         for layer in self.layers:
-            if isinstance(layer, nn.ModuleList):
-                attention, mlp = layer
-                latents = attention(media, latents) + latents
-                latents = mlp(latents) + latents
+            if self.uses_checkpointing and torch.is_grad_enabled():
+                latents = checkpoint(_layer, layer, media, latents, use_reentrant=False)
             else:
-                latents = layer(media, latents)
+                latents = _layer(layer, media, latents)
         normed: torch.Tensor = self.norm(latents)
         return normed
+
+
+def _layer(layer: nn.Module, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The latents after a layer of either form."""
+    if isinstance(layer, nn.ModuleList):
+        attention, mlp = layer
+        latents = attention(media, latents) + latents
+        return mlp(latents) + latents  # type: ignore[no-any-return]
+    return layer(media, latents)  # type: ignore[no-any-return]
 
 
 def _check_number(what: str, found: int, embeddings: torch.Tensor | None, *, alone: int) -> None:

@@ -1,0 +1,152 @@
+"""Put a checkpoint into a module: match, judge, fill. The loaders that users know stand on this."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flamingo_ckpt.errors import CkptError, LoadError
+from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.layouts.prefixes import strip_wrappers
+from flamingo_ckpt.loading.buffers import (
+    computable_buffers,
+    hopeless_buffers,
+    rebuild_buffers,
+)
+from flamingo_ckpt.loading.fill import becomes_new, fill
+from flamingo_ckpt.loading.match import Matching, match
+from flamingo_ckpt.loading.options import LoadOptions
+from flamingo_ckpt.loading.policy import judge
+from flamingo_ckpt.loading.report import LoadReport
+from flamingo_ckpt.loading.resize import position_tables
+from flamingo_ckpt.loading.targets import Target, describe_module, targets_of
+from flamingo_ckpt.plan import Plan
+from flamingo_ckpt.selection import PlanOptions, choose_tensors
+from flamingo_ckpt.stream import check_premises, check_unchanged
+from flamingo_ckpt.tensors import Manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LoadOptions", "LoadReport", "load_into"]
+
+
+def load_into(
+    module: nn.Module,
+    source: str | os.PathLike[str] | Manifest,
+    options: LoadOptions = LoadOptions(),  # noqa: B008
+) -> LoadReport:
+    """Fill a module from a checkpoint of any format and of any layout that its own names fit.
+
+    Where the names are equal, this is `load_state_dict`. Else both sides' layouts are told by
+    their names, and tensors are renamed, split, joined and transposed on the way. Tied tensors
+    stay tied; parameters that are filled in place stay the objects that optimizers know.
+
+    Nothing of the module changes where the checkpoint is refused. A file that turns out to be
+    damaged while it is read (a checksum, a truncation) leaves tensors that were to be replaced
+    as they were, and tensors that were to be filled in place partly filled.
+
+    Args:
+        module: any module: plain, wrapped (DDP, `torch.compile`, FSDP2), on meta or not.
+        source: a file, a folder, an index, or the manifest of one.
+        options: what is accepted.
+
+    Returns:
+        What was done, with every key accounted for.
+
+    Raises:
+        LoadError: the checkpoint does not fit; its report has every key.
+        CkptError: the checkpoint cannot be read.
+    """
+    manifest = (
+        source
+        if isinstance(source, Manifest)
+        else open_checkpoint(os.fspath(source), wrapper_key=options.wrapper_key)
+    )
+    targets, places = targets_of(module), _places(module)
+    keeps = any(strip_wrappers(name)[1] for target in targets for name in target.names)
+    chosen = choose_tensors(
+        manifest,
+        PlanOptions(
+            keep_prefix=keeps,
+            include=options.include,
+            exclude=options.exclude,
+            max_expansion=float("inf"),
+        ),
+    )
+    tensors = {tensor.name: tensor for tensor in chosen.names.values()}
+    matching = match(chosen, targets, manifest.uri, layout=options.layout)
+    report = LoadReport(
+        uri=manifest.uri,
+        model=describe_module(module),
+        format=manifest.format,
+        findings=(*manifest.findings, *chosen.findings),
+    )
+    verdict = judge(
+        matching,
+        targets,
+        tensors,
+        options,
+        report,
+        tables=position_tables(module),
+        computable=computable_buffers(module),
+        hopeless=(*hopeless_buffers(module), *_unreachable(targets, places, options)),
+    )
+    _check_bytes(matching, manifest, report)
+    filled = fill(verdict.loads, verdict.resized, verdict.zeros, options)
+    check_unchanged(manifest)
+    for old, tensor in filled.new.items():
+        for slots, name in places[old]:
+            slots[name] = tensor
+    rebuild_buffers(module, options.device)
+    return replace(verdict.report, num_mapped=filled.num_mapped)
+
+
+def _places(module: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Id of a tensor -> the slots that hold it."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for part in module.modules():
+        for slots in (part._parameters, part._buffers):
+            for name, tensor in slots.items():
+                found.setdefault(id(tensor), []).append((slots, name))
+    return found
+
+
+def _unreachable(
+    targets: Sequence[Target], places: Mapping[int, object], options: LoadOptions
+) -> list[str]:
+    """What `state_dict()` made up, so that there is no place for a new tensor."""
+    return [
+        target.key
+        for target in targets
+        if becomes_new(target, options) and any(id(one) not in places for one in target.tensors)
+    ]
+
+
+def _check_bytes(matching: Matching, manifest: Manifest, report: LoadReport) -> None:
+    """Two names of one tensor hold the same bits; what may only be left out as zeros is zero."""
+    plan = Plan(
+        source=manifest,
+        steps=(),
+        dropped=(),
+        renamed=0,
+        prefix=None,
+        findings=(),
+        equal=matching.equal,
+        zeros=matching.zeros,
+    )
+    try:
+        check_premises(plan)
+    except CkptError as error:
+        if error.code not in ("FC202", "FC419"):
+            raise
+        raise LoadError(
+            error.message,
+            report=report,
+            code=error.code,
+            where=error.where,
+            hint="choose one with exclude=" if error.code == "FC202" else None,
+            key=error.key,
+        ) from error

@@ -1,0 +1,191 @@
+"""Bytes of a checkpoint into the tensors of a module: a few threads, bounded blocks, checksums.
+
+A tensor of the module that is contiguous on the CPU and has the file's dtype gets the bytes
+themselves, one that has another dtype gets them through `copy_`, block by block. What lies
+elsewhere is put together on the CPU first, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flamingo_ckpt.loading.mapped import MappedFiles
+from flamingo_ckpt.loading.match import Load
+from flamingo_ckpt.loading.options import LoadOptions
+from flamingo_ckpt.loading.resize import Resized, resize_table
+from flamingo_ckpt.loading.targets import Target, is_distributed
+from flamingo_ckpt.stream import Derived, check_storages, derive, run_tasks, unchecked_storages
+from flamingo_ckpt.tensors import TORCH_DTYPES, DType
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class Filled:
+    """What filling gave.
+
+    Attributes:
+        new: id of a tensor of the module -> the tensor that takes its place.
+        num_mapped: tensors whose bytes stay in the file.
+    """
+
+    new: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_mapped: int = 0
+
+    def put(self, target: Target, new: torch.Tensor) -> None:
+        """One new tensor for every object that was the old one."""
+        one = _like(new, target)
+        self.new |= {id(old): one for old in target.tensors}
+
+
+def becomes_new(target: Target, options: LoadOptions) -> bool:
+    """Whether a tensor of the module is replaced rather than filled."""
+    return target.is_meta if options.assign is None else options.assign or target.is_meta
+
+
+def dtype_of_new(load: Load, options: LoadOptions) -> DType:
+    """The dtype of a tensor that takes the place of one of the module's."""
+    import torch
+
+    wanted = options.dtype
+    own = load.target.dtype
+    if wanted is None or not own.is_real_float:
+        return own
+    if wanted == "keep":
+        return load.step.dtype
+    name = str(wanted).removeprefix("torch.")
+    if name not in TORCH_DTYPES or not getattr(torch, name).is_floating_point:
+        raise ValueError(f"{wanted!r} is no floating-point dtype")
+    return TORCH_DTYPES[name]
+
+
+def fill(
+    loads: Sequence[Load],
+    resized: Mapping[str, Resized],
+    zeros: Sequence[Target],
+    options: LoadOptions,
+) -> Filled:
+    """Read every load into its tensor, or into a new one that is not in the module yet.
+
+    Raises:
+        CkptError: FC105 where a checksum does not fit, FC102 where the file is too short. New
+            tensors are then thrown away; tensors that were filled in place stay filled.
+    """
+    import torch
+
+    filled, maps, lock = Filled(), MappedFiles(), threading.Lock()
+    check_storages(unchecked_storages([load.step for load in loads]), lambda _: None)
+
+    def work(load: Load, buffer: bytearray, _stop: threading.Event) -> None:
+        target = load.target
+        change = resized.get(target.key)
+        if not becomes_new(target, options):
+            _into(target.tensor.detach(), load, change, buffer, lock)
+            return
+        dtype = _torch_dtype(dtype_of_new(load, options))
+        device = torch.device(options.device or "cpu")
+        new = None
+        if change is None and device.type == "cpu" and dtype is _torch_dtype(load.step.dtype):
+            new = maps.tensor(load.step, target.shape, dtype)
+        if new is None and is_distributed(target.tensor):
+            new = _distributed(target.tensor, _staged(load, change, buffer, lock), dtype)
+        if new is None:
+            new = torch.empty(target.shape, dtype=dtype, device=device)
+            _into(new, load, change, buffer, lock)
+        with lock:
+            filled.put(target, new)
+
+    run_tasks(sorted(loads, key=lambda load: -load.step.num_bytes), work)
+    filled.num_mapped = maps.num_tensors
+    for target in zeros:
+        if becomes_new(target, options):
+            new = torch.zeros(target.shape, dtype=target.tensor.dtype, device=options.device)
+            filled.put(target, new)
+        else:
+            target.tensor.detach().zero_()
+    return filled
+
+
+def _into(
+    dest: torch.Tensor,
+    load: Load,
+    change: Resized | None,
+    buffer: bytearray,
+    lock: threading.Lock,
+) -> None:
+    """Fill a tensor that is there."""
+    import torch
+
+    with torch.inference_mode(dest.is_inference()):
+        if is_distributed(dest):
+            local: Any = _distributed(dest, _staged(load, change, buffer, lock), dest.dtype)
+            parts: Any = dest
+            parts.to_local().copy_(local.to_local())
+        elif change is None and dest.device.type == "cpu" and _is_plain(dest):
+            _stream(dest.view(-1), load, buffer)
+        else:
+            dest.copy_(_staged(load, change, buffer, lock).view(dest.shape))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _stream(flat: torch.Tensor, load: Load, buffer: bytearray) -> None:
+    """Bytes into a flat tensor on the CPU, cast by torch where the dtype is another."""
+    import torch
+
+    src = _torch_dtype(load.step.dtype)
+    if src is flat.dtype:
+        flat, src = flat.view(torch.uint8), torch.uint8
+    at = 0
+    for block in derive(load.step, buffer, Derived()):
+        # torch warns of bytes that cannot be written to
+        values = torch.frombuffer(bytearray(block) if block.readonly else block, dtype=src)
+        flat[at : at + len(values)].copy_(values)
+        at += len(values)
+
+
+def _staged(
+    load: Load, change: Resized | None, buffer: bytearray, lock: threading.Lock
+) -> torch.Tensor:
+    """A tensor of the file in memory, in the file's dtype; one at a time."""
+    import torch
+
+    with lock:
+        tensor = torch.empty(load.step.shape, dtype=_torch_dtype(load.step.dtype))
+        _stream(tensor.view(-1), load, buffer)
+        return tensor if change is None else resize_table(tensor, change)
+
+
+def _distributed(like: Any, full: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The part of a whole tensor that is this process's; none waits for another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    full = full.view(like.shape).to(device=mesh.device_type, dtype=dtype)
+    return distribute_tensor(full, mesh, like.placements, src_data_rank=None)
+
+
+def _like(new: torch.Tensor, target: Target) -> torch.Tensor:
+    """The new tensor as the parameter or buffer that it replaces."""
+    import torch
+
+    old = target.tensor
+    if not target.is_parameter:
+        return new
+    parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+    parameter.__dict__.update(old.__dict__)
+    return parameter
+
+
+def _torch_dtype(dtype: DType) -> torch.dtype:
+    import torch
+
+    assert dtype.torch is not None
+    found: torch.dtype = getattr(torch, dtype.torch)
+    return found

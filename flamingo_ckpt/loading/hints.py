@@ -1,0 +1,120 @@
+"""Why a checkpoint does not fit, as far as its names tell, and the way on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flamingo_ckpt.errors import LoadError, name_some
+from flamingo_ckpt.loading.match import Matching
+from flamingo_ckpt.loading.options import LoadOptions
+from flamingo_ckpt.loading.report import LoadReport
+from flamingo_ckpt.loading.targets import Target
+from flamingo_ckpt.tensors import escape
+
+#: Parts of names under which embeddings are kept; their rows are the vocabulary.
+_VOCABULARY = ("embed_tokens", "wte", "embed_in", "embed_out", "lm_head", "token_embedding")
+
+
+def refuse_other_family(matching: Matching, report: LoadReport) -> None:
+    """Raise FC432 where the file's language model is of another kind than the module's.
+
+    Their widths may be the same, and then gated blocks of one would fit the other.
+    """
+    if matching.file is None or matching.model is None:
+        return
+    theirs, ours = set(matching.file.families), set(matching.model.families)
+    if not theirs or not ours or theirs & ours:
+        return
+    raise LoadError(
+        f"the file's language model is {' or '.join(sorted(theirs))}, the model's is "
+        f"{' or '.join(sorted(ours))}",
+        report=report,
+        code="FC432",
+        where=report.uri,
+        hint="build the model on the language model that the checkpoint was trained on",
+    )
+
+
+def lost_towers(matching: Matching, unexpected: Sequence[str]) -> list[str]:
+    """Parts that both sides have and of which nothing was matched."""
+    loaded = {_part(load.target.key, matching.groups) for load in matching.loads}
+    ours = [_part(target.key, matching.groups) for target in matching.missing]
+    theirs = [_part(key, matching.file_groups) for key in unexpected]
+    return sorted(
+        part
+        for part in {*ours} & {*theirs}
+        if min(ours.count(part), theirs.count(part)) > 1 and part not in loaded
+    )
+
+
+def _part(key: str, groups: object) -> str:
+    told = groups.get(key, "") if isinstance(groups, dict) else ""
+    return told or key.partition(".")[0]
+
+
+def for_names(matching: Matching, unexpected: Sequence[str], targets: Sequence[Target]) -> str:
+    """What to do where the names of the two sides have little in common."""
+    if prefix := _missing_prefix(unexpected, targets):
+        return prefix
+    file = f"`{matching.file.title}`" if matching.file else "no layout that is known"
+    model = f"`{matching.model.title}`" if matching.model else "none that is known"
+    return (
+        f"the file's names are {file}, the model's are {model}; `flamingo-ckpt diff` and `inspect` "
+        "show both"
+    )
+
+
+def _missing_prefix(unexpected: Sequence[str], targets: Sequence[Target]) -> str:
+    """A prefix that all names of one side have and the other's lack; "" for none."""
+    ours = {name for target in targets for name in target.names}
+    for depth in (1, 2, 3):
+        cut: dict[str, int] = {}
+        for key in unexpected:
+            parts = key.split(".")
+            if len(parts) > depth and ".".join(parts[depth:]) in ours:
+                prefix = ".".join(parts[:depth])
+                cut[prefix] = cut.get(prefix, 0) + 1
+        for prefix, count in cut.items():
+            if 2 * count > len(ours):
+                return (
+                    f"{count} names fit without `{escape(prefix)}.`: load into the part of a model "
+                    f"that this is, or save the weights without it"
+                )
+    for name in ("visual", "model", "lang_encoder", "vision_encoder"):
+        inside = sum(f"{name}.{key}" in ours for key in unexpected)
+        if 2 * inside > len(unexpected) > 0:
+            return f"the names are those of `model.{name}`: load into that"
+    return ""
+
+
+def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> str:
+    """The way on from missing, unexpected and misshapen keys."""
+    rows = [
+        (key, file[0], model[0])
+        for key, (file, model) in report.mismatched.items()
+        if file and model and file[1:] == model[1:] and any(w in key for w in _VOCABULARY)
+    ]
+    if rows:
+        key, have, want = rows[0]
+        return (
+            f"`{key}` has {have} rows in the file and {want} in the model: resize the model "
+            f"(`resize_token_embeddings({have})`), or the file (`convert --vocab-rows {want}`); "
+            "rows are never cut silently"
+        )
+    xattn = [key for key in report.missing_keys if matching.groups.get(key) == "xattn"]
+    extra = [key for key in report.unexpected_keys if matching.file_groups.get(key) == "xattn"]
+    if xattn or extra:
+        return (
+            "the gated cross-attention blocks are at other layers: build the model with the "
+            "checkpoint's interval (`cross_attn_every_n_layers`; `inspect` shows it)"
+        )
+    if report.left_on_meta and not report.missing_keys and not report.unexpected_keys:
+        return (
+            "build the module on a real device, or fill "
+            + name_some(list(report.left_on_meta), 3)
+            + " before"
+        )
+    is_flamingo = matching.model is not None and matching.model.layout.space == "flamingo"
+    if is_flamingo and options.policy == "strict" and report.missing_keys:
+        return "a checkpoint without its frozen towers is loaded with the policy `partial`"
+    return for_names(matching, report.unexpected_keys, ())

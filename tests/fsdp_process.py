@@ -1,0 +1,100 @@
+"""One of several processes that train a Flamingo together: what the tests of FSDP2 start.
+
+    python -m tests.fsdp_process SCENARIO RANK SIZE FOLDER
+
+meets the others over the loopback interface by a file in FOLDER, and leaves what it found out in
+`FOLDER/SCENARIO-RANK.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    scenario, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    from flamingo_ckpt.models.torchvision_compat import import_torchvision
+
+    import_torchvision()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    place = Path(folder)
+    store = dist.FileStore(str(place / f"{scenario}.store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        found = SCENARIOS[scenario](rank, size, place)
+    finally:
+        dist.destroy_process_group()
+    (place / f"{scenario}-{rank}.json").write_text(json.dumps(found))
+
+
+def _train(rank: int, size: int, place: Path) -> dict[str, Any]:
+    """Train, save in every form, take the run up, and go on both ways."""
+    import torch
+
+    from flamingo_ckpt.errors import CkptError
+    from flamingo_ckpt.loading.resume import load_training_state
+    from flamingo_ckpt.loading.save import save_checkpoint
+    from flamingo_ckpt.models.modules.sharding import shard_model
+    from flamingo_ckpt.training import train_step
+    from tests import training_support as support
+
+    def step(model: Any, run: tuple[Any, Any], seed: int, **options: Any) -> Any:
+        batches = support.sources(seed, rank, size)
+        result = train_step(model, run[0], batches, lr_scheduler=run[1], **options)
+        return {"losses": dict(result.losses), "norm": result.grad_norm}
+
+    model = shard_model(support.flamingo())
+    run = support.optimizer(model)
+    found: dict[str, Any] = {"steps": [step(model, run, 0) for _ in range(3)]}
+    language = model.lang_encoder
+    found["aliases"] = all(
+        wrapped.decoder_layer is language.old_decoder_blocks[i]
+        and wrapped.gated_cross_attn_layer is language.gated_cross_attn_layers[i]
+        for i, wrapped in enumerate(language.model.layers)
+    )
+    found["local"] = sum(p.to_local().numel() for p in model.parameters())
+    found["total"] = sum(p.numel() for p in model.parameters())
+    report = save_checkpoint(model, place / "trained.safetensors")
+    found["files"] = report.files
+    save_checkpoint(model, place / "whole.pt", trainable_only=False)
+    save_checkpoint(model, place / "run.pt", optimizer=run[0], lr_scheduler=run[1], epoch=4)
+    try:
+        save_checkpoint(model, place / "run.pt", optimizer=run[0])
+    except CkptError as error:
+        found["refused"] = [error.code, error.message]
+
+    again = shard_model(support.flamingo())
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.5)
+    fresh = support.optimizer(again)
+    state = load_training_state(place / "run.pt", again, *fresh)
+    found["epoch"] = state.epoch
+    found["on"] = [step(model, run, seed) for seed in (1, 2)]
+    found["resumed"] = [step(again, fresh, seed) for seed in (1, 2)]
+
+    model.eval()
+    batch = support.captions(5)
+    with torch.no_grad():
+        found["tokens"] = model.generate(
+            batch["vision_x"], batch["lang_x"], max_new_tokens=4 + rank, pad_token_id=1
+        ).tolist()
+    model.train()
+    found["after"] = step(model, run, 3)
+    found["bf16"] = step(again, fresh, 3, autocast_dtype=torch.bfloat16)
+    return found
+
+
+SCENARIOS = {"train": _train}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Pairs of equal models, upstream's and ours, and batches for both."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from flamingo_ckpt.models import build
+from flamingo_ckpt.models.config import parse_config
+from flamingo_ckpt.models.modules.flamingo import Flamingo
+from tests import zoo
+from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
+
+
+def ours(family: str, *, kernel: str = "eager", dtype: str = "float64", **options: Any) -> Flamingo:
+    """The zoo's model, built from its config alone, with its weights."""
+    made = zoo.openflamingo(family, **options)
+    config = parse_config(
+        made.config | {"media_token_id": MEDIA_TOKEN, "eoc_token_id": EOC_TOKEN}, "config.json"
+    )
+    model = build(config, "openflamingo", dtype=dtype, attn_implementation=kernel)
+    assert isinstance(model, Flamingo)
+    model.load_state_dict(made.full)
+    return model.eval()
+
+
+def theirs(family: str, *, kernel: str = "eager", **options: Any) -> Any:
+    """Upstream's model in float64."""
+    model = copy.deepcopy(zoo.openflamingo(family, **options).model).double().eval()
+    if family != "mpt1b":
+        model.lang_encoder.config._attn_implementation = kernel
+    return model
+
+
+def batch(family: str, *, padded: str = "") -> dict[str, Any]:
+    """Two rows: images before, between and after the text; one row with text before the first.
+
+    Args:
+        family: of the language model.
+        padded: `left` or `right`, for three tokens of padding in the first row.
+    """
+    inputs = dict(zoo.openflamingo(family).inputs())
+    tokens = inputs["lang_x"].clone()
+    tokens[tokens == MEDIA_TOKEN] = 5
+    tokens[0, [3, 6]] = MEDIA_TOKEN
+    tokens[1, [3, 11]] = MEDIA_TOKEN
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, slice(-3, None) if padded == "right" else slice(None, 3)] = 0
+    return {"vision_x": inputs["vision_x"].double(), "lang_x": tokens, "attention_mask": mask}
