@@ -22,6 +22,7 @@ from flamingo_ckpt.layouts.mapping import assemble, read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.map_checks import Expected
 from flamingo_ckpt.map_plan import MapOptions, make_map_plan
+from flamingo_ckpt.models.head_counts import head_counts
 from flamingo_ckpt.plan import Plan, make_plan
 from flamingo_ckpt.selection import PlanOptions
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo
@@ -92,7 +93,7 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         to=target.name,
         source_layout=request.source_layout,
         rows=rows,
-        dims=_dims(config),
+        dims=head_counts(config),
         family=_family(config),
         expected=_expected(config, target) if request.config else (),
         where_expected=config.where if config else "",
@@ -175,21 +176,6 @@ def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelCon
     return Rows(wanted=wanted, must_be_zero=True, why=f"as {config.where} says")
 
 
-def _dims(config: ModelConfig | None) -> dict[str, int]:
-    """Numbers of heads, by the axis names of the layouts' tables."""
-    if config is None:
-        return {}
-    vision = config.data if config.kind == "clip_vision" else config.data.get("vision_config", {})
-    text = config.data.get("text_config", {})
-    found = {
-        "visionheads": vision.get("num_attention_heads"),
-        "lmheads": text.get("num_attention_heads"),
-        "kvheads": text.get("num_key_value_heads"),
-        "textheads": text.get("num_attention_heads"),
-    }
-    return {name: size for name, size in found.items() if isinstance(size, int)}
-
-
 def _family(config: ModelConfig | None) -> str:
     """The language model that a config names; "" where the tables know none of that name."""
     from flamingo_ckpt.layouts.families import FAMILIES
@@ -233,7 +219,7 @@ def expected_tensors(config: ModelConfig, target: Layout) -> list[tuple[str, Ten
         if one.alias_of is None and one.kind == "parameter"
     ]
     detection = detect([one.name for one in tensors], config.where, among=(source.name,))
-    dims = _dims(config)
+    dims = head_counts(config)
     reading = read_atoms(tensors, source.table(detection.family), dims)
     assembly = assemble(
         reading.atoms, target.table(detection.family if target.rules_of else ""), dims
@@ -364,7 +350,7 @@ def open_sides(
         for uri, model in zip((a, b), configs, strict=True)
     ]
     own = [own_config(file) if file else None for file in files]
-    dims = _dims(told or next(filter(None, own), None))
+    dims = head_counts(told or next(filter(None, own), None))
     sides: list[Side | None] = [
         checkpoint_side(file, dims, source_layout if at == 0 else None) if file else None
         for at, file in enumerate(files)

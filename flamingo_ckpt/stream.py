@@ -99,8 +99,17 @@ def derive(
     *,
     want_crc: bool = False,
     want_digest: bool = False,
+    into: memoryview | None = None,
 ) -> Iterator[memoryview]:
     """Yield the destination bytes of a step in order, and fill in `derived` at the end.
+
+    Args:
+        step: what is derived.
+        buffer: at least `BLOCK_BYTES` long.
+        derived: gets what was learned.
+        want_crc: whether it gets the CRC-32 of the destination bytes.
+        want_digest: whether it gets their digest.
+        into: for a step that `is_copy`: where its bytes are read to; blocks are parts of it.
 
     Raises:
         FormatError: FC105 where the source's checksum does not fit, FC102 where it is short.
@@ -113,7 +122,7 @@ def derive(
     # For a plain copy of a whole storage one checksum serves both sides.
     shared = step.is_copy and whole is not None and on_the_way and whole.offset_bytes == 0
     crc, digest = 0, new_digest()
-    for block in _blocks(step, buffer):
+    for block in _blocks(step, buffer, into):
         if on_the_way:
             source_crc = crc32(block, source_crc)
         if step.dtype.name == "BOOL":
@@ -136,11 +145,13 @@ def derive(
     derived.xxh3_128 = digest.hexdigest()
 
 
-def _blocks(step: Step, buffer: bytearray) -> Iterator[memoryview]:
+def _blocks(
+    step: Step, buffer: bytearray, into: memoryview | None = None
+) -> Iterator[memoryview]:
     """The elements of a step before any cast, run after run."""
     for run in step.runs:
         if run.storage is not None:
-            yield from read_blocks(run, buffer)
+            yield from read_blocks(run, buffer, into)
             continue
         left = run.num_bytes
         zeros = memoryview(bytes(min(left, BLOCK_BYTES)))

@@ -202,9 +202,7 @@ def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if loss is None and isinstance(output, tuple) and output:
         loss = output[0]
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        raise _refused(
-            f"the {type(model).__name__} gives no loss", "put `labels` into every batch"
-        )
+        raise _refused(f"the {type(model).__name__} gives no loss", "put `labels` into every batch")
     return loss
 
 

@@ -1,9 +1,9 @@
 """One of several processes that train a Flamingo together: what the tests of FSDP2 start.
 
-    python -m tests.fsdp_process SCENARIO RANK SIZE FOLDER
+    python -m tests.fsdp_process RANK SIZE FOLDER
 
 meets the others over the loopback interface by a file in FOLDER, and leaves what it found out in
-`FOLDER/SCENARIO-RANK.json`.
+`FOLDER/RANK.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def main() -> None:
-    scenario, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     from flamingo_ckpt.models.torchvision_compat import import_torchvision
 
@@ -26,23 +26,22 @@ def main() -> None:
 
     torch.set_num_threads(1)
     place = Path(folder)
-    store = dist.FileStore(str(place / f"{scenario}.store"), size)
+    store = dist.FileStore(str(place / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
-        found = SCENARIOS[scenario](rank, size, place)
+        found = {name: run(rank, size, place) for name, run in SCENARIOS.items()}
     finally:
         dist.destroy_process_group()
-    (place / f"{scenario}-{rank}.json").write_text(json.dumps(found))
+    (place / f"{rank}.json").write_text(json.dumps(found))
 
 
 def _train(rank: int, size: int, place: Path) -> dict[str, Any]:
     """Train, save in every form, take the run up, and go on both ways."""
     import torch
 
+    from flamingo_ckpt import load_training_state, save_checkpoint
     from flamingo_ckpt.errors import CkptError
-    from flamingo_ckpt.loading.resume import load_training_state
-    from flamingo_ckpt.loading.save import save_checkpoint
-    from flamingo_ckpt.models.modules.sharding import shard_model
+    from flamingo_ckpt.models import shard_model
     from flamingo_ckpt.training import train_step
     from tests import training_support as support
 
@@ -73,7 +72,7 @@ def _train(rank: int, size: int, place: Path) -> dict[str, Any]:
 
     again = shard_model(support.flamingo())
     with torch.no_grad():
-        for name, parameter in again.named_parameters():
+        for parameter in again.parameters():
             if parameter.requires_grad:
                 parameter.mul_(0.5)
     fresh = support.optimizer(again)
@@ -94,7 +93,74 @@ def _train(rank: int, size: int, place: Path) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {"train": _train}
+def _families(rank: int, size: int, place: Path) -> dict[str, Any]:
+    """Heads that are tied, that a model multiplies with by itself, and that are apart."""
+    from flamingo_ckpt import save_checkpoint
+    from flamingo_ckpt.models import shard_model
+    from flamingo_ckpt.training import train_step
+    from tests import training_support as support
+
+    found = {}
+    for family in ("opt", "mpt1b", "gpt_neox"):
+        model = shard_model(support.flamingo(family, checkpointing=family == "opt"))
+        run = support.optimizer(model)
+        result = train_step(model, run[0], support.sources(0, rank, size))
+        report = save_checkpoint(model, place / f"{family}.pt")
+        found[family] = {"losses": dict(result.losses), "norm": result.grad_norm}
+        found[family]["num_names"] = report.num_names
+    return found
+
+
+def _meta(rank: int, size: int, place: Path) -> dict[str, Any]:
+    """A model that never was whole on any process, filled from a checkpoint."""
+    import torch
+
+    from flamingo_ckpt.loading import LoadOptions, load_into, save_checkpoint
+    from flamingo_ckpt.models import shard_model
+    from tests import training_support as support
+
+    if rank == 0:
+        torch.save(support.flamingo().state_dict(), place / "full.pt")
+    torch.distributed.barrier()
+    model = shard_model(support.flamingo(device="meta"))
+    report = load_into(model, place / "full.pt", LoadOptions())
+    save_checkpoint(model, place / "from_meta.pt", trainable_only=False)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in support.captions().items() if k != "labels"}).logits
+    return {"loaded": report.num_loaded, "logits": logits.tolist()}
+
+
+def _failures(rank: int, size: int, place: Path) -> dict[str, Any]:
+    """What goes wrong with the writer while the others help it to gather."""
+    import flamingo_ckpt.convert
+    from flamingo_ckpt import save_checkpoint
+    from flamingo_ckpt.models import shard_model
+    from tests import training_support as support
+
+    model = shard_model(support.flamingo())
+    write_all = flamingo_ckpt.convert.write_all
+    found = {}
+    for name, failure in (("full", OSError(28, "No space left")), ("bug", RuntimeError("oops"))):
+        calls: list[int] = []
+
+        def fail(fd: int, block: memoryview, at: int, calls: Any = calls, error: Any = failure):
+            calls.append(at)
+            if len(calls) > 5:
+                raise error
+            write_all(fd, block, at)
+
+        flamingo_ckpt.convert.write_all = fail
+        try:
+            save_checkpoint(model, place / "never.pt")
+        except Exception as error:
+            found[name] = [type(error).__name__, getattr(error, "code", None), str(error)]
+        finally:
+            flamingo_ckpt.convert.write_all = write_all
+    save_checkpoint(model, place / "after.pt")
+    return found
+
+
+SCENARIOS = {"train": _train, "families": _families, "meta": _meta, "failures": _failures}
 
 if __name__ == "__main__":
     main()

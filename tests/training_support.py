@@ -16,6 +16,8 @@ from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 from tests.zoo_lms import WORDS, seeded
 
 Batch = dict[str, torch.Tensor]
+#: Of the zoo's models: small, with a gated block before every decoder layer.
+OPTIONS = {"layers": 2, "every_n": 1, "perceiver_depth": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 def flamingo(family: str = "llama", *, device: str = "cpu", checkpointing: bool = False) -> Any:
     """Ours, with the weights of the zoo's upstream model, frozen as upstream freezes."""
-    source = zoo.openflamingo(family)
+    source = zoo.openflamingo(family, **OPTIONS)
     model: Any = build(parse_config(source.config, "the zoo"), device=device)
     if device != "meta":
         model.load_state_dict(source.full)

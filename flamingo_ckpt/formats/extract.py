@@ -24,12 +24,16 @@ _MAX_INFLATED_GATHER = 64 << 20
 _MIN_DENSITY = 1 / 32
 
 
-def read_blocks(tensor: TensorInfo, buffer: bytearray) -> Iterator[memoryview]:
+def read_blocks(
+    tensor: TensorInfo, buffer: bytearray, into: memoryview | None = None
+) -> Iterator[memoryview]:
     """Yield the tensor's bytes in order; each block is valid until the next one is asked for.
 
     Args:
         tensor: must have a storage.
         buffer: at least `BLOCK_BYTES` long, reused for every block.
+        into: as long as the tensor: where a contiguous one's bytes are read to, instead of
+            `buffer`; the blocks are then parts of it.
 
     Raises:
         FormatError: where the file has fewer bytes than its header promises.
@@ -52,9 +56,11 @@ def read_blocks(tensor: TensorInfo, buffer: bytearray) -> Iterator[memoryview]:
         yield from _gathered(tensor, source, base, swap)
         return
     view = memoryview(buffer)[:BLOCK_BYTES]
-    at, end = base + tensor.offset_bytes, base + tensor.offset_bytes + tensor.num_bytes
+    start, end = base + tensor.offset_bytes, base + tensor.offset_bytes + tensor.num_bytes
+    at = start
     while at < end:
-        block = view[: min(BLOCK_BYTES, end - at)]
+        size = min(BLOCK_BYTES, end - at)
+        block = view[:size] if into is None else into[at - start : at - start + size]
         source.read_into(at, block)
         if swap:
             _swap_in_place(block, tensor.dtype.swap_bytes)

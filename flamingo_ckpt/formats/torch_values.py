@@ -17,8 +17,8 @@ from flamingo_ckpt.formats.zip_archive import LOCAL_MAGIC, ZipArchive
 from flamingo_ckpt.tensors import escape
 
 _MAX_DEPTH = 32
-# Forty times what the optimizer of a model with a thousand tensors has; shared parts count again.
-_MAX_VALUES = 1_000_000
+# Twenty times what the optimizer of a model with a thousand tensors has; shared parts count again.
+_MAX_VALUES = 200_000
 _KEYS = (str, int, float, bool, type(None))
 
 

@@ -15,6 +15,7 @@ from flamingo_ckpt.loading.buffers import (
     hopeless_buffers,
     rebuild_buffers,
 )
+from flamingo_ckpt.loading.file_grid import file_grid
 from flamingo_ckpt.loading.fill import becomes_new, fill
 from flamingo_ckpt.loading.match import Matching, match
 from flamingo_ckpt.loading.options import LoadOptions
@@ -22,6 +23,7 @@ from flamingo_ckpt.loading.policy import judge
 from flamingo_ckpt.loading.report import LoadReport
 from flamingo_ckpt.loading.resize import position_tables
 from flamingo_ckpt.loading.targets import Target, describe_module, targets_of
+from flamingo_ckpt.models.head_counts import head_counts
 from flamingo_ckpt.plan import Plan
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.stream import check_premises, check_unchanged
@@ -77,7 +79,12 @@ def load_into(
         ),
     )
     tensors = {tensor.name: tensor for tensor in chosen.names.values()}
-    matching = match(chosen, targets, manifest.uri, layout=options.layout)
+    dims = head_counts(options.config)
+    matching = match(chosen, targets, manifest.uri, layout=options.layout, dims=dims)
+    tables = position_tables(module)
+    if options.image_grid is None:
+        grid = file_grid(manifest, options.config, matching.loads, tables)
+        options = replace(options, image_grid=grid)
     report = LoadReport(
         uri=manifest.uri,
         model=describe_module(module),
@@ -90,7 +97,7 @@ def load_into(
         tensors,
         options,
         report,
-        tables=position_tables(module),
+        tables=tables,
         computable=computable_buffers(module),
         hopeless=(*hopeless_buffers(module), *_unreachable(targets, places, options)),
     )

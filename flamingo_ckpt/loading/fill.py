@@ -12,12 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flamingo_ckpt.formats.checksum import crc32
+from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc
 from flamingo_ckpt.loading.mapped import MappedFiles
 from flamingo_ckpt.loading.match import Load
+from flamingo_ckpt.loading.memory_source import bytes_of
 from flamingo_ckpt.loading.options import LoadOptions
 from flamingo_ckpt.loading.resize import Resized, resize_table
 from flamingo_ckpt.loading.targets import Target, is_distributed
-from flamingo_ckpt.stream import Derived, check_storages, derive, run_tasks, unchecked_storages
+from flamingo_ckpt.plan import Step
+from flamingo_ckpt.stream import (
+    Derived,
+    check_storages,
+    covers,
+    derive,
+    run_tasks,
+    unchecked_storages,
+)
 from flamingo_ckpt.tensors import TORCH_DTYPES, DType
 
 if TYPE_CHECKING:
@@ -142,12 +153,40 @@ def _stream(flat: torch.Tensor, load: Load, buffer: bytearray) -> None:
     src = _torch_dtype(load.step.dtype)
     if src is flat.dtype:
         flat, src = flat.view(torch.uint8), torch.uint8
+        if _read_whole(flat, load.step):
+            return
     at = 0
     for block in derive(load.step, buffer, Derived()):
         # torch warns of bytes that cannot be written to
         values = torch.frombuffer(bytearray(block) if block.readonly else block, dtype=src)
         flat[at : at + len(values)].copy_(values)
         at += len(values)
+
+
+def _read_whole(flat: torch.Tensor, step: Step) -> bool:
+    """The file's own bytes into a tensor's memory, without a stop in between.
+
+    Returns:
+        Whether that was possible: the bytes lie in one run, and are the tensor's as they lie.
+    """
+    storage = step.runs[0].storage
+    if not step.is_copy or storage is None:
+        return False
+    run = step.runs[0]
+    checked = storage.crc32 is not None and covers(run)
+    if checked and run.offset_bytes:
+        return False  # the checksum begins with bytes that are not the tensor's
+    source, base = storage.locate()
+    memory, crc = bytes_of(flat), 0
+    for at in range(0, len(memory), BLOCK_BYTES):
+        block = memory[at : at + BLOCK_BYTES]
+        source.read_into(base + run.offset_bytes + at, block)
+        crc = crc32(block, crc) if checked else 0
+    if checked:
+        assert storage.crc32 is not None
+        check_crc(storage.crc32, crc, storage.where)
+    flat[:0].zero_()  # autograd counts changes, and has not seen this one
+    return True
 
 
 def _staged(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from flamingo_ckpt.errors import LoadError, name_some
 from flamingo_ckpt.loading.match import Matching
@@ -13,6 +14,10 @@ from flamingo_ckpt.tensors import escape
 
 #: Parts of names under which embeddings are kept; their rows are the vocabulary.
 _VOCABULARY = ("embed_tokens", "wte", "embed_in", "embed_out", "lm_head", "token_embedding")
+
+#: Parts of models that layouts tell, and that make no sense by halves.
+GROUPS = frozenset({"vision", "text", "perceiver", "xattn", "lm.layers"})
+_MIN_TOWER = 5
 
 
 def refuse_other_family(matching: Matching, report: LoadReport) -> None:
@@ -36,20 +41,23 @@ def refuse_other_family(matching: Matching, report: LoadReport) -> None:
 
 
 def lost_towers(matching: Matching, unexpected: Sequence[str]) -> list[str]:
-    """Parts that both sides have and of which nothing was matched."""
+    """Parts that both sides have and of which nothing was matched.
+
+    Parts are those that a layout tells; without one, the first components of names, where a few
+    tensors may as well be a head that was replaced.
+    """
     loaded = {_part(load.target.key, matching.groups) for load in matching.loads}
-    ours = [_part(target.key, matching.groups) for target in matching.missing]
-    theirs = [_part(key, matching.file_groups) for key in unexpected]
+    ours = Counter(_part(target.key, matching.groups) for target in matching.missing)
+    theirs = Counter(_part(key, matching.file_groups) for key in unexpected)
     return sorted(
         part
-        for part in {*ours} & {*theirs}
-        if min(ours.count(part), theirs.count(part)) > 1 and part not in loaded
+        for part in ours.keys() & theirs.keys() - loaded
+        if min(ours[part], theirs[part]) >= (2 if part in GROUPS else _MIN_TOWER)
     )
 
 
-def _part(key: str, groups: object) -> str:
-    told = groups.get(key, "") if isinstance(groups, dict) else ""
-    return told or key.partition(".")[0]
+def _part(key: str, groups: Mapping[str, str]) -> str:
+    return groups.get(key) or key.partition(".")[0]
 
 
 def for_names(matching: Matching, unexpected: Sequence[str], targets: Sequence[Target]) -> str:
@@ -117,4 +125,10 @@ def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> 
     is_flamingo = matching.model is not None and matching.model.layout.space == "flamingo"
     if is_flamingo and options.policy == "strict" and report.missing_keys:
         return "a checkpoint without its frozen towers is loaded with the policy `partial`"
+    if report.mismatched and not (report.missing_keys or report.unexpected_keys):
+        key = next(iter(report.mismatched))
+        return (
+            f"the names fit and sizes do not: build the model with those of the file, or leave "
+            f"`{escape(key)}` out with exclude="
+        )
     return for_names(matching, report.unexpected_keys, ())

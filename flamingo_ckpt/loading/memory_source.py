@@ -97,9 +97,12 @@ def manifest_of(
 
 def identity(tensor: torch.Tensor) -> object:
     """Equal for two tensors that are one: the same memory, read the same way."""
-    if is_split(tensor) or tensor.is_meta or tensor.numel() == 0:
+    import torch
+
+    has_memory = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if is_split(tensor) or not has_memory or tensor.numel() == 0:
         return id(tensor)
-    place = (str(tensor.device), tensor.data_ptr())
+    place = (str(tensor.device), tensor.data_ptr(), tensor.is_conj(), tensor.is_neg())
     return (*place, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 

@@ -124,9 +124,7 @@ def _compare_names(names: Any, own: list[list[str | None]], uri: str) -> None:
                 )
 
 
-def _check_shapes(
-    entry: Mapping[str, Any], parameter: torch.Tensor, path: str, uri: str
-) -> None:
+def _check_shapes(entry: Mapping[str, Any], parameter: torch.Tensor, path: str, uri: str) -> None:
     if entry.keys() & _PARTED:
         return
     shape = tuple(parameter.shape)

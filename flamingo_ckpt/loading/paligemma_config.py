@@ -109,7 +109,8 @@ def read_settings(folder: str) -> PaliGemmaSettings:
     data["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
     if image_token is not None:
         data["image_token_index"] = image_token
-    vision["vision_use_head"] = bool(Fields(vision, "vision_config.", path).flag("vision_use_head"))
+    Fields(vision, "vision_config.", path).flag("vision_use_head")
+    vision["vision_use_head"] = False  # whatever the config says, no PaliGemma uses its output
     _check_vision_type(Fields(vision, "vision_config.", path), vision)
     data |= {"text_config": text, "vision_config": vision}
     model = parse_config(_without_null(data), path)

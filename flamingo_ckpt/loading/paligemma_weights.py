@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.mapping import Piece, Reading, read_atoms
+from flamingo_ckpt.layouts.prefixes import strip_wrappers
 from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.plan import Step
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from flamingo_ckpt.loading.paligemma_config import PaliGemmaSettings
 
 _HEAD = "lm.head.weight"
+#: SigLIP's pooling head, whose output no PaliGemma uses.
+_POOLING_HEAD = re.compile(r"(model\.)?vision_tower\.(vision_model\.)?head\..+")
 _POSITIONS = "vision.position_embedding.weight"
 
 
@@ -36,7 +40,7 @@ class Weights:
         layout: its name.
         dtype: of its floating-point tensors, as torch spells it; None where they have several.
         num_rows: of its embedding; fewer than the config's only in files of big_vision.
-        notes: what was done about the head.
+        notes: what was done about the heads.
     """
 
     manifest: Manifest
@@ -61,6 +65,7 @@ def examine(
         CkptError: FC205 another picture size, FC416 another kind of model, FC418 another number of
             rows, FC457 ties, FC458 several dtypes, FC459 adapters or quantised weights.
     """
+    manifest, unused = _without_pooling_head(manifest)
     names = choose_tensors(manifest, PlanOptions()).names
     among = (layout_named(layout).name,) if layout else ()
     detection = detect(names, manifest.uri, among=among)
@@ -87,8 +92,28 @@ def examine(
         layout=detection.layout.name,
         dtype=dtype,
         num_rows=_num_rows(atoms, detection, settings, manifest.uri),
-        notes=notes,
+        notes=(*unused, *notes),
     )
+
+
+def _without_pooling_head(manifest: Manifest) -> tuple[Manifest, tuple[Finding, ...]]:
+    """Classes build (and save) one wherever a config forgets to turn it off."""
+    heads = [
+        tensor.name
+        for tensor in manifest.tensors
+        if _POOLING_HEAD.fullmatch(strip_wrappers(tensor.name)[0])
+    ]
+    if not heads:
+        return manifest, ()
+    kept = tuple(tensor for tensor in manifest.tensors if tensor.name not in set(heads))
+    note = Finding(
+        code="FC209",
+        severity="info",
+        key=heads[0],
+        detail=f"{len(heads)} tensors of the vision tower's pooling head are left out: PaliGemma "
+        "does not use what it computes",
+    )
+    return replace(manifest, tensors=kept), (note,)
 
 
 def _refuse_adapters(reading: Reading, detection: Detection, where: str) -> None:

@@ -10,6 +10,7 @@ from flamingo_ckpt.layouts.layout import BASE_OF_GROUP
 from flamingo_ckpt.loading import hints
 from flamingo_ckpt.loading.match import Load, Matching
 from flamingo_ckpt.loading.options import LoadOptions
+from flamingo_ckpt.loading.parts import parts_by_name
 from flamingo_ckpt.loading.report import LoadReport
 from flamingo_ckpt.loading.resize import PositionTable, Resized, plan_resize
 from flamingo_ckpt.loading.targets import Target
@@ -80,7 +81,7 @@ def judge(
             to FC445 a table of positions that cannot be brought to the model's size.
     """
     hints.refuse_other_family(matching, report)
-    found = _sort(matching, tensors, options)
+    found = _sort(matching, targets, tensors, options)
     resized, mismatched = _shapes(matching, tables, options, report)
     cast = _casts(matching, options, report)
     on_meta = [
@@ -116,10 +117,15 @@ def judge(
     )
 
 
-def _sort(matching: Matching, tensors: Mapping[str, TensorInfo], options: LoadOptions) -> _Sorted:
+def _sort(
+    matching: Matching,
+    targets: Sequence[Target],
+    tensors: Mapping[str, TensorInfo],
+    options: LoadOptions,
+) -> _Sorted:
     found = _Sorted(ignored=dict(matching.ignored))
     loaded = {name for load in matching.loads for name in load.target.names}
-    absent = absent_by_design(matching) if options.policy == "partial" else {}
+    absent = absent_by_design(matching, targets) if options.policy == "partial" else {}
     for target in matching.missing:
         if why := _zero_because(target, matching, loaded):
             found.zeros |= dict.fromkeys(target.keys, why)
@@ -165,7 +171,7 @@ def _zero_because(target: Target, matching: Matching, loaded: set[str]) -> str:
     return ""
 
 
-def absent_by_design(matching: Matching) -> dict[str, str]:
+def absent_by_design(matching: Matching, targets: Sequence[Target]) -> dict[str, str]:
     """Module key -> base, of what a partial Flamingo checkpoint leaves to its bases.
 
     The vision tower and the decoder layers are absent as a whole or not by design. What else a
@@ -174,10 +180,11 @@ def absent_by_design(matching: Matching) -> dict[str, str]:
     """
     if matching.model is None or matching.model.layout.space != "flamingo":
         return {}
+    parts = parts_by_name(targets, matching.groups)
     lacking: dict[str, list[Target]] = {}
     for target in matching.missing:
-        lacking.setdefault(matching.groups.get(target.key, ""), []).append(target)
-    have = {matching.groups.get(load.target.key, "") for load in matching.loads}
+        lacking.setdefault(parts[target.key], []).append(target)
+    have = {parts[load.target.key] for load in matching.loads}
     found: dict[str, str] = {}
     for group, missing in lacking.items():
         base = BASE_OF_GROUP.get(group, "")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flamingo_ckpt.loading.report import LoadReport
 
 DEFAULT_FILENAME = "checkpoint.pt"
+#: The tower's projection: no Flamingo uses it, and the Hugging Face port has no place for it.
+_UNUSED = frozenset({"vision_encoder.proj"})
 
 
 def load_pretrained(
@@ -82,7 +84,13 @@ def load_pretrained(
     source = _locate(os.fspath(repo_id_or_path), filename, access)
     if device is not None:
         move(model, device)
-    options = LoadOptions(policy="partial", layout=layout, device=device, wrapper_key=wrapper_key)
+    options = LoadOptions(
+        policy="partial",
+        layout=layout,
+        device=device,
+        wrapper_key=wrapper_key,
+        may_miss=_UNUSED,
+    )
     return load_into(model, source, options)
 
 

@@ -9,9 +9,9 @@ bicubic with antialias; `resize_text_pos_embed`: linear) and of timm (`resample_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.loading.position_tables import Grid, PositionTable, position_tables
@@ -23,7 +23,6 @@ __all__ = [
     "Grid",
     "PositionTable",
     "Resized",
-    "grid_from_config",
     "plan_resize",
     "position_tables",
     "resize_table",
@@ -138,34 +137,6 @@ def resize_table(tensor: Tensor, resized: Resized) -> Tensor:
         middle = _interpolate(field, resized).movedim(1, -1).reshape(-1, width)
     found = torch.cat([before, middle, after])
     return found if tensor.ndim == 2 else found[None]
-
-
-def grid_from_config(config: Mapping[str, Any]) -> Grid | None:
-    """The grid of patches that a `config.json` or `open_clip_config.json` tells, None for none.
-
-    Read are `image_size` and `patch_size` of `vision_config` (transformers), of
-    `model_cfg.vision_cfg` (open_clip) or of the configuration itself.
-    """
-    inner = config.get("model_cfg", config)
-    for name in ("vision_config", "vision_cfg"):
-        if isinstance(inner, Mapping) and isinstance(inner.get(name), Mapping):
-            inner = inner[name]
-    if not isinstance(inner, Mapping):
-        return None
-    pixels, patch = (_sizes(inner.get(name)) for name in ("image_size", "patch_size"))
-    if pixels is None or patch is None:
-        return None
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    return grid if min(grid) > 0 else None
-
-
-def _sizes(size: Any) -> Grid | None:
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        return None
-    height, width = pair
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
-    return (height, width) if whole else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

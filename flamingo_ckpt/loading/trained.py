@@ -177,9 +177,7 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
-def _living_buffers(
-    state: list[tuple[str, torch.Tensor]], trained: Mapping[str, bool]
-) -> set[int]:
+def _living_buffers(state: list[tuple[str, torch.Tensor]], trained: Mapping[str, bool]) -> set[int]:
     """Buffers that change with training, as running means do: those beside trained parameters.
 
     What decides is the innermost module around the buffer that has parameters at all.

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from flamingo_ckpt.models.modules.flamingo import Flamingo
     from flamingo_ckpt.models.modules.hf_config import FlamingoConfig
     from flamingo_ckpt.models.modules.hf_flamingo import FlamingoForConditionalGeneration
+    from flamingo_ckpt.models.modules.sharding import shard_model
 
 #: name -> the module that has it. Asking for a class imports torch, and nothing before that does.
-#: Asking for one of the last two also makes them known to `AutoModel` of transformers.
+#: Asking for one of Hugging Face's kind also makes them known to `AutoModel` of transformers.
 _EXPORTS = {
     "Flamingo": "flamingo_ckpt.models.modules.flamingo",
     "FlamingoConfig": "flamingo_ckpt.models.modules.hf_flamingo",
     "FlamingoForConditionalGeneration": "flamingo_ckpt.models.modules.hf_flamingo",
+    "shard_model": "flamingo_ckpt.models.modules.sharding",
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "FlamingoForConditionalGeneration",
     "build",
     "load_config",
+    "shard_model",
 ]
 
 

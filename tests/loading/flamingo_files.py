@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flamingo_ckpt.errors import CkptError
 from tests import zoo
 from tests.zoo_clip import open_clip_cfg
 from tests.zoo_flamingo import VISION_LAYERS
@@ -82,3 +83,18 @@ def named_clip(
         monkeypatch.setitem(factory._MODEL_CONFIGS, one, config)
         monkeypatch.setitem(pretrained._PRETRAINED, one, dict(tags or {}))
     return name
+
+
+def create(parts: Mapping[str, Any], **options: Any) -> Any:
+    """The model alone."""
+    from flamingo_ckpt.loading.flamingo import create_model_and_transforms
+
+    return create_model_and_transforms(**{**parts, **options})[0]
+
+
+def refused(code: str, call: Any, *arguments: Any, **options: Any) -> CkptError:
+    """The error of a call, which has this code."""
+    with pytest.raises(CkptError) as caught:
+        call(*arguments, **options)
+    assert caught.value.code == code, caught.value
+    return caught.value

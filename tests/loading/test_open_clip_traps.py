@@ -218,8 +218,9 @@ def test_weights_only_false_still_runs_nothing(state: State, tmp_path: Path) -> 
     assert mark.exists()
     mark.unlink()
     for weights_only in (True, False):
-        with refusal(clip_model(), "could run code") as caught:
-            ours(clip_model(), path, weights_only=weights_only)
+        model = clip_model()
+        with refusal(model, "could run code") as caught:
+            ours(model, path, weights_only=weights_only)
         assert caught.value.code == "FC501"
     assert not mark.exists()
 
@@ -329,7 +330,10 @@ def test_a_plain_array_of_numpy(tmp_path: Path) -> None:
 
 
 def test_a_folder(state: State, tmp_path: Path) -> None:
+    from open_clip.factory import _find_checkpoint_in_dir
+
     torch_file(state, tmp_path / "epoch_3.pt")
+    assert _find_checkpoint_in_dir(tmp_path) is None  # `local-dir:` knows no `.pt`
     with pytest.raises(IsADirectoryError):
         upstream_load(clip_model(), tmp_path)
     assert_ours_fills(tmp_path, state)

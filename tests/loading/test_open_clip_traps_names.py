@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests import zoo
 from tests.loading.open_clip_support import (
@@ -189,6 +190,22 @@ def test_text_positions_into_a_model_without(state: State, tmp_path: Path) -> No
     assert_filled(model, before | vision)
 
 
+def test_text_positions_into_a_model_without_a_text_tower(state: State, tmp_path: Path) -> None:
+    path = saved(state, tmp_path)
+    model = clip_model(kind="CustomTextCLIP", seed=99)
+    model.text = nn.Identity()
+    for strict in (True, False):
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'shape'"):
+            upstream_load(model, path, strict=strict)
+    with refusal(model, "positional_embedding", "unexpected"):
+        ours(model, path)
+    result = ours(model, path, strict=False)
+    assert result.missing_keys == []
+    text = {n for n in state if not n.startswith(("visual.", "logit_"))}
+    assert set(result.unexpected_keys) == text
+    assert_filled(model, {n: t for n, t in state.items() if n not in text})
+
+
 # --- towers ----------------------------------------------------------------------------------
 
 
@@ -229,6 +246,24 @@ def test_a_vision_tower_of_transformers(flat: bool, tmp_path: Path) -> None:
     loaded = before.keys() - set(result.missing_keys)
     assert loaded == {n for n in before if n.startswith("visual.")} - {"visual.proj"}
     assert_filled(model, before | {name: clip.open_clip[name] for name in loaded})
+
+
+def test_flat_and_prefixed_towers_of_transformers(tmp_path: Path) -> None:
+    from transformers import CLIPVisionModel
+
+    clip = zoo.clip(layers=LAYERS)
+    fresh = CLIPVisionModel(clip.hf_model.config.vision_config)
+    wanted = state_of(fresh).keys()
+    assert wanted == clip.hf_vision_flat.keys()
+    for state in (clip.hf_vision, clip.hf_vision_flat, clip.hf_vision_projection, clip.hf):
+        path = saved(state, tmp_path)
+        model = CLIPVisionModel(clip.hf_model.config.vision_config)
+        if state is not clip.hf_vision_flat and "embeddings.class_embedding" not in state:
+            # by torch alone nothing fits, and only the result says so
+            found = model.load_state_dict(torch.load(path), strict=False)
+            assert set(found.missing_keys) == wanted
+        ours(model, path, strict=state.keys() <= clip.hf_vision.keys() | wanted)
+        assert_filled(model, clip.hf_vision_flat)
 
 
 def test_a_trunk_of_timm_by_itself(tmp_path: Path) -> None:

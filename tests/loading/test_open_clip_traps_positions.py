@@ -5,6 +5,7 @@ The oracle is open_clip's own resize where that is right, timm's `resample_abs_p
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,28 @@ def test_a_count_that_is_no_square(tmp_path: Path) -> None:
     wanted = source | {IMAGE: resampled(source[IMAGE], (2, 4), (4, 4))}
     assert_ours_fills(path, wanted, model=model, image_grid=(2, 4))
     assert_ours_fills(path, source, model=clip_model(image=(16, 32), seed=99))
+
+
+def test_a_folder_whose_config_tells_the_grid(tmp_path: Path) -> None:
+    source = state_of(clip_model(image=(16, 64), seed=1))
+    saved(source, tmp_path, "open_clip_pytorch_model.bin")
+    same, square = clip_model(image=(16, 64), seed=99), clip_model(image=64, seed=99)
+    with refusal(same, IMAGE, "2x8"):
+        ours(same, tmp_path)
+    config = {"model_cfg": {"vision_cfg": {"image_size": [16, 64], "patch_size": 8}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert_ours_fills(tmp_path, source, model=same)
+    wanted = source | {IMAGE: resampled(source[IMAGE], (2, 8), (8, 8))}
+    assert_ours_fills(tmp_path, wanted, model=square)
+    # the caller knows better, and a config of another size is of another model
+    assert_ours_fills(tmp_path, source, model=clip_model(seed=99), image_grid=(4, 4))
+    config["model_cfg"]["vision_cfg"]["image_size"] = [16, 80]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with refusal(same, IMAGE, "2x8"):
+        ours(same, tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with refusal(same, IMAGE, "2x8"):
+        ours(same, tmp_path)
 
 
 def test_a_grid_that_does_not_fit(state: State, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from flamingo_ckpt.loading.engine import LoadOptions, load_into
 from flamingo_ckpt.loading.paligemma import load_hf_model, load_paligemma
 from tests.loading.folders import write_config, write_folder, write_tokenizer, write_weights
 from tests.loading.from_scratch import FromScratch, careless_load
+from tests.zoo_lms import randomise
 from tests.zoo_paligemma import LAYOUTS, WORDS, PaliGemmaZoo, inputs, paligemma
 
 LAYERS = 2
@@ -120,6 +121,43 @@ def test_generation_config(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
     with pytest.raises(CkptError, match="generation config") as caught:
         load_hf_model(tmp_path, "cpu")
     assert caught.value.code == "FC402"
+
+
+def test_a_pooling_head_that_nobody_asked_for(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
+    """Built from a config that does not mention it, and saved with it."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    config = {k: v for k, v in zoo.config.items() if k != "model_type"}
+    vision = {k: v for k, v in config["vision_config"].items() if k != "vision_use_head"}
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(**config | {"vision_config": vision}))
+    randomise(model)
+    model.eval().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["vision_config"]["vision_use_head"] is True
+    loaded = load_paligemma(tmp_path, "cpu")
+    assert torch.equal(logits(loaded.model, zoo), logits(model, zoo))
+    (note,) = [one for one in loaded.report.findings if one.code == "FC209"]
+    assert note.detail.startswith("11 tensors")
+
+
+def test_saved_by_the_class_and_loaded_again(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
+    model, tokenizer = load_hf_model(write_folder(tmp_path / "a", zoo.config, zoo.layout("L1")))
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    same_state(load_hf_model(tmp_path / "b", "cpu")[0], zoo)
+
+
+def test_weights_stay_in_the_file(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
+    """Mapped: the process has no copy, and writing to a weight does not reach the file."""
+    write_folder(tmp_path, zoo.config, zoo.layout("L1"), shards=2)
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    loaded = load_paligemma(tmp_path, "cpu")
+    assert loaded.report.num_mapped == loaded.report.num_loaded == len(zoo.memory) - 1
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(1)
+    assert {path: path.read_bytes() for path in files} == files
 
 
 # --- how the weights are stored ------------------------------------------------------------------

@@ -186,12 +186,13 @@ def test_image_tokens_that_contradict_the_picture(tmp_path: Path) -> None:
     assert caught.value.code == "FC402"
 
 
-def test_no_pooling_head_unless_the_config_asks(tmp_path: Path) -> None:
+def test_no_pooling_head(tmp_path: Path) -> None:
     from transformers import SiglipVisionConfig
 
     assert SiglipVisionConfig().vision_use_head, "the class's default, which no PaliGemma means"
-    config = built(tmp_path, changed(vision__vision_use_head=None))
-    assert config.vision_config.vision_use_head is False
+    for told in (None, False, True):
+        config = built(tmp_path, changed(vision__vision_use_head=told))
+        assert config.vision_config.vision_use_head is False
 
 
 def test_the_vocabulary_may_stand_at_the_top(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
 from flamingo_ckpt.loading.position_tables import PositionTable, position_tables
+from flamingo_ckpt.models import build
+from flamingo_ckpt.models.config import parse_config
 from tests import zoo
 from tests.loading.open_clip_support import (
     clip_model,
@@ -145,6 +147,18 @@ def test_paligemma_of_transformers() -> None:
 @pytest.mark.parametrize("family", ["opt", "mpt1b", "gptj"])
 def test_language_models_have_none_that_may_be_resized(family: str) -> None:
     assert found(zoo.openflamingo(family).model) == {"vision_encoder.positional_embedding": SQUARE}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("openflamingo", "vision_encoder.positional_embedding"),
+        ("hf-flamingo", "vision_encoder.vision_model.embeddings.position_embedding.weight"),
+    ],
+)
+def test_our_own_flamingos(layout: str, name: str) -> None:
+    config = parse_config(zoo.openflamingo("opt").config, "config.json")
+    assert found(build(config, layout, device="meta")) == {name: SQUARE}
 
 
 class OpenAiVision(nn.Module):

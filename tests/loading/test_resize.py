@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.loading.file_grid import grid_from_config
 from flamingo_ckpt.loading.position_tables import PositionTable
-from flamingo_ckpt.loading.resize import grid_from_config, plan_resize, resize_table
+from flamingo_ckpt.loading.resize import plan_resize, resize_table
 from tests.loading.open_clip_support import clip_model
 
 WIDTH = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 
 def ours(family: str, *, kernel: str = "eager", dtype: str = "float64", **options: Any) -> Flamingo:
     """The zoo's model, built from its config alone, with its weights."""
+    return copy.deepcopy(_ours(family, kernel, dtype, **options))
+
+
+@functools.cache
+def _ours(family: str, kernel: str, dtype: str, **options: Any) -> Flamingo:
     made = zoo.openflamingo(family, **options)
     config = parse_config(
         made.config | {"media_token_id": MEDIA_TOKEN, "eoc_token_id": EOC_TOKEN}, "config.json"
@@ -26,20 +32,21 @@ def ours(family: str, *, kernel: str = "eager", dtype: str = "float64", **option
     return model.eval()
 
 
-def theirs(family: str, *, kernel: str = "eager", **options: Any) -> Any:
-    """Upstream's model in float64."""
-    model = copy.deepcopy(zoo.openflamingo(family, **options).model).double().eval()
-    if family != "mpt1b":
-        model.lang_encoder.config._attn_implementation = kernel
-    return model
+@functools.cache
+def theirs(family: str, *, dtype: str = "float64", **options: Any) -> Any:
+    """Upstream's model on its eager path."""
+    model = copy.deepcopy(zoo.openflamingo(family, **options).model).eval()
+    model.lang_encoder.config._attn_implementation = "eager"
+    return model.to(getattr(torch, dtype))
 
 
-def batch(family: str, *, padded: str = "") -> dict[str, Any]:
+def batch(family: str, *, padded: str = "", dtype: str = "float64") -> dict[str, Any]:
     """Two rows: images before, between and after the text; one row with text before the first.
 
     Args:
         family: of the language model.
         padded: `left` or `right`, for three tokens of padding in the first row.
+        dtype: of the pictures.
     """
     inputs = dict(zoo.openflamingo(family).inputs())
     tokens = inputs["lang_x"].clone()
@@ -49,4 +56,5 @@ def batch(family: str, *, padded: str = "") -> dict[str, Any]:
     mask = torch.ones_like(tokens)
     if padded:
         mask[0, slice(-3, None) if padded == "right" else slice(None, 3)] = 0
-    return {"vision_x": inputs["vision_x"].double(), "lang_x": tokens, "attention_mask": mask}
+    pictures = inputs["vision_x"].to(getattr(torch, dtype))
+    return {"vision_x": pictures, "lang_x": tokens, "attention_mask": mask}

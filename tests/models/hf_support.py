@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests import zoo
-from tests.layout_support import Files
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 
 TOKENS: dict[str, Any] = {"media_token_id": MEDIA_TOKEN, "eoc_token_id": EOC_TOKEN}
@@ -21,22 +20,6 @@ EXACT: dict[str, Any] = {
     "attn_implementation": {"": "eager", "vision_config": "sdpa", "text_config": "eager"},
 }
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
-    return Files(tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers in the output of tests."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 def load(folder: Path, **options: Any) -> Any:

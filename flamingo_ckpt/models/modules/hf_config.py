@@ -46,7 +46,8 @@ class FlamingoConfig(PretrainedConfig):
             (`perceiver_depth`, `cross_attn_heads`, ...), and the fields of every config.
 
     Raises:
-        CkptError: FC401, FC402, FC403 for a language model that is not known.
+        CkptError: FC401, FC402, FC403 for a language model that is not known, FC467 where
+            `transformers_weights` names a pickle.
     """
 
     model_type = "flamingo"
@@ -75,6 +76,7 @@ class FlamingoConfig(PretrainedConfig):
         for name, default in FLAMINGO_DEFAULTS.items():
             given = kwargs.pop(name, None)
             setattr(self, name, default if given is None else given)
+        _check_weights(kwargs.get("transformers_weights"))
         tied = kwargs.pop("tie_word_embeddings", None)
         self.vision_config = _vision_config(vision_config)
         self.text_config = _text_config(text_config, decoder_layers_attr_name, tied)
@@ -97,6 +99,20 @@ class OtterConfig(FlamingoConfig):
     """What an `OtterForConditionalGeneration` is made of: a `FlamingoConfig` by another name."""
 
     model_type = "otter"
+
+    # Said again: transformers gives a config class without one of its own a generated one.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def _check_weights(name: object) -> None:
+    """A config may name the file that transformers loads, which would unpickle an adapter's."""
+    if name is not None and not str(name).endswith((".safetensors", ".safetensors.index.json")):
+        raise CkptError(
+            f"`transformers_weights` is {name!r}, which is no safetensors file",
+            code="FC467",
+            hint="`flamingo-ckpt convert` reads pickled weights safely",
+        )
 
 
 def _vision_config(given: Mapping[str, Any] | PretrainedConfig | None) -> PretrainedConfig | None:

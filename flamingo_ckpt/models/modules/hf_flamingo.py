@@ -97,8 +97,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         self.lang_encoder = language
         self.vision_encoder = _vision_encoder(config.vision_config)
         self.perceiver = resampler(data, paired=False, attn_implementation=attention)
-        if config.eoc_token_id is not None:
-            self.generation_config.eos_token_id = config.eoc_token_id
+        self._end_at_eoc()
         self.post_init()
 
     @property
@@ -119,7 +118,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
     @eoc_token_id.setter
     def eoc_token_id(self, value: int | None) -> None:
         self.config.eoc_token_id = value
-        self.generation_config.eos_token_id = value
+        self._end_at_eoc()
 
     def visual_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
         """The patch tokens `[n, patches, dim_visual]`.
@@ -179,6 +178,8 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
             "use_cache": use_cache,
             **kwargs,
         }
+        if use_cache is None and self.perceiver.uses_checkpointing and torch.is_grad_enabled():
+            arguments["use_cache"] = False  # what fills a cache cannot be computed twice
         if self._is_generating:
             return self.lang_encoder(**arguments)
         self._check_media_token()
@@ -229,6 +230,18 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         """As transformers'; the whole text tells the gated blocks where in it a step is."""
         self.conditioning.announce(input_ids)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; without a `generation_config.json` it ends where the config says."""
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config._from_model_config:
+            self._end_at_eoc()
+
+    def _end_at_eoc(self) -> None:
+        if self.eoc_token_id is not None:
+            self.generation_config.eos_token_id = self.eoc_token_id
+            # from here on a config of its own, which a saved one is
+            self.generation_config._from_model_config = False
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers'; the resampler and the gated blocks follow the word for the whole."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers.initialization as init
 from torch import nn
-from transformers import GPTNeoXForCausalLM, PreTrainedModel
+from transformers import CLIPVisionModel, GPTNeoXForCausalLM, PreTrainedModel
 
 from flamingo_ckpt.errors import CkptError, LoadError, name_some
 from flamingo_ckpt.layouts.families import FAMILIES
@@ -40,7 +40,12 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["FlamingoLayer", "PerceiverResampler"]  # noqa: RUF012
+    #: `from_pretrained(device_map=...)` keeps these in one place each.
+    _no_split_modules = [  # noqa: RUF012
+        *(CLIPVisionModel._no_split_modules or ()),
+        "FlamingoLayer",
+        "PerceiverResampler",
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     #: Buffers of older files that every model computes for itself.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012

@@ -1,0 +1,143 @@
+"""The language model of a Flamingo: any form of files, no code of theirs, nothing left random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flamingo_ckpt.errors import LoadError
+from flamingo_ckpt.loading.flamingo import create_model_and_transforms
+from tests import zoo
+from tests.loading.flamingo_files import (
+    create,
+    refused,
+    save_parts,
+)
+from tests.zoo_lms import LANG_DIM, WORDS
+
+
+def test_mosaic_gpt_by_any_other_name(tmp_path: Path) -> None:
+    """Upstream goes by the folder's name; the config says what it is, and its code is not run."""
+    parts = save_parts("mpt1b", tmp_path)
+    folder = Path(parts["lang_encoder_path"])
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "code.MosaicGPT", "AutoConfig": "code.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    model = create(parts)
+    assert type(model.lang_encoder).__name__ == "MosaicGPT"
+    assert not ran.exists()
+
+
+def test_mpt_with_a_config_of_remote_code(tmp_path: Path) -> None:
+    """MPT-7B's own config; its files have no head, which transformers' class ties."""
+    parts = save_parts("mpt7b", tmp_path)
+    folder = Path(parts["lang_encoder_path"])
+    made = zoo.openflamingo("mpt7b", era="2023")
+    assert "lm_head.weight" not in made.language
+    config = {
+        "architectures": ["MPTForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"},
+        "attn_config": {"alibi": True, "attn_impl": "torch", "attn_type": "multihead_attention"},
+        "d_model": LANG_DIM,
+        "expansion_ratio": 4,
+        "init_device": "cpu",
+        "model_type": "mpt",
+        "n_heads": 4,
+        "n_layers": 4,
+        "no_bias": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": zoo.base_rows("mpt7b"),
+    }
+    zoo.save_folder(made.language, config, folder)
+    model = create(parts)
+    assert type(model.lang_encoder).__name__ == "MptForCausalLM"
+    head, embedding = model.lang_encoder.lm_head, model.lang_encoder.transformer.wte
+    assert head.weight is embedding.weight
+    assert embedding.weight.dtype == torch.float32
+
+
+def test_old_files_with_buffers_and_the_old_name_of_a_head(tmp_path: Path) -> None:
+    parts = save_parts("gpt_neox", tmp_path)
+    made = zoo.openflamingo("gpt_neox", era="2023")
+    assert "embed_out.weight" in made.language
+    zoo.save_folder(made.language, made.text_config, Path(parts["lang_encoder_path"]))
+    model = create(parts)
+    head = model.lang_encoder.get_output_embeddings().weight
+    assert torch.equal(head, made.language["embed_out.weight"][: len(head)])
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded", "sharded bin"])
+def test_forms_of_files(form: str, tmp_path: Path) -> None:
+    parts = save_parts("llama", tmp_path)
+    folder = Path(parts["lang_encoder_path"])
+    state = dict(zoo.openflamingo("llama").language)
+    (folder / "model.safetensors").unlink()
+    suffix = "bin" if "bin" in form else "safetensors"
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    save = zoo.save_torch if suffix == "bin" else zoo.save_safetensors
+    if "sharded" in form:
+        names = sorted(state)
+        weight_map = {}
+        for number, part in enumerate((names[::2], names[1::2]), start=1):
+            shard = f"{stem}-{number:05}-of-00002.{suffix}"
+            save({name: state[name] for name in part}, folder / shard)
+            weight_map |= dict.fromkeys(part, shard)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    else:
+        save(state, folder / f"{stem}.{suffix}")
+    model = create(parts)
+    found = model.lang_encoder.model.layers[2].decoder_layer.mlp.up_proj.weight
+    assert torch.equal(found, state["model.layers.2.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "lm_head.weight"])
+def test_a_missing_weight_is_an_error(lost: str, tmp_path: Path) -> None:
+    parts = save_parts("llama", tmp_path)
+    made = zoo.openflamingo("llama")
+    state = {name: one for name, one in made.language.items() if name != lost}
+    zoo.save_folder(state, made.text_config, Path(parts["lang_encoder_path"]))
+    with pytest.raises(LoadError, match=lost) as caught:
+        create(parts)
+    assert caught.value.report.missing_keys == (lost,)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    parts = save_parts("llama", tmp_path)
+    folder = Path(parts["lang_encoder_path"])
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    refused("FC501", create, parts)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_family_that_is_not_known_needs_its_layers_named(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=WORDS, n_embd=24, n_layer=2, n_head=2)
+    language = transformers.GPT2LMHeadModel(config)
+    parts = save_parts("llama", tmp_path)
+    zoo.save_folder(language.state_dict(), config.to_dict(), Path(parts["lang_encoder_path"]))
+    assert "`decoder_layers_attr_name`" in (refused("FC403", create, parts).hint or "")
+    error = refused("FC453", create, parts, decoder_layers_attr_name="transformer.blocks")
+    assert "`transformer.h`" in (error.hint or "")
+    model = create(parts, decoder_layers_attr_name="transformer.h")
+    inputs = zoo.openflamingo("llama").inputs()
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (2, 12, WORDS + 3)
+
+
+def test_generate_knows_the_padding(tmp_path: Path) -> None:
+    model, _, tokenizer = create_model_and_transforms(**save_parts("llama", tmp_path))
+    assert model.lang_encoder.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.lang_encoder.generation_config.eos_token_id == 2

@@ -1,0 +1,449 @@
+"""`from_pretrained` and `save_pretrained` of the Hugging Face twin."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flamingo_ckpt.errors import CkptError, LoadError
+from flamingo_ckpt.models import FlamingoConfig, FlamingoForConditionalGeneration
+from tests import zoo
+from tests.layout_support import Files, each_model
+from tests.models.hf_support import (
+    TOKENS,
+    batch,
+    each_family,
+    load,
+    transformers_log,
+)
+from tests.support import cli, cli_ok, facts_at, python
+from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+#: Families whose head is the embedding: `convert` carries a copy where the source has one.
+TIED = ("mpt7b", "opt")
+HEAD = "lang_encoder.lm_head.weight"
+
+
+def facts_once(folder: Path, family: str) -> dict[str, Any]:
+    """What a folder holds, a tied head left out."""
+    found = dict(facts_at(folder))
+    if family in TIED:
+        found.pop(HEAD, None)
+    return found
+
+
+def changed(folder: Path, into: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of a folder with other tensors; None removes one."""
+    shutil.copytree(folder, into)
+    tensors: dict[str, Any] = {**load_file(into / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, into / "model.safetensors", metadata={"format": "pt"})
+    return into
+
+
+@each_model
+def test_a_converted_folder_loads_whole_and_is_saved_as_it_was(
+    hf_files: Files, family: str, era: str, tmp_path: Path
+) -> None:
+    folder = hf_files.whole(family, era)
+    with transformers_log() as said:
+        model, info = load(folder, output_loading_info=True)
+        model.save_pretrained(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+    assert said == []
+    assert {what: list(names) for what, names in info.items() if names} == {}
+    assert facts_at(tmp_path / "saved") == facts_once(folder, family)
+    inputs = batch(family, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+    outcome = cli("diff", tmp_path / "saved", f"model:{tmp_path / 'saved' / 'config.json'}")
+    assert outcome.code == 0, outcome
+    # the names that have no word of the object's history
+    made = FlamingoForConditionalGeneration(again.config)
+    made.save_pretrained(tmp_path / "made")
+    shapes = {name: one.shape for name, one in facts_at(tmp_path / "made").items()}
+    assert shapes == {name: one.shape for name, one in facts_once(folder, family).items()}
+    cli_ok("convert", tmp_path / "saved", tmp_path / "back.pt", "--to", "openflamingo")
+
+
+@each_family
+def test_buffers_are_those_of_a_fresh_model(hf_files: Files, family: str) -> None:
+    model = load(hf_files.whole(family))
+    fresh = FlamingoForConditionalGeneration(model.config)
+    wanted = dict(fresh.named_buffers())
+    found = dict(model.named_buffers())
+    assert sorted(found) == sorted(wanted)
+    assert any(name.endswith("position_ids") for name in wanted)
+    assert all(found[name].dtype == wanted[name].dtype for name in wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    if family in ("llama", "gpt_neox", "pythia"):
+        assert any(name.endswith("inv_freq") for name in wanted)
+    for module in model.modules():
+        hidden = {name: one for name, one in vars(module).items() if isinstance(one, torch.Tensor)}
+        assert not any(tensor.is_meta for tensor in hidden.values())
+
+
+def test_a_random_model_is_sane(hf_files: Files) -> None:
+    config = FlamingoConfig.from_pretrained(hf_files.whole("llama"), **TOKENS)
+    model = FlamingoForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if name.endswith("_gate"):
+            assert parameter.item() == 0
+        elif name.endswith("weight") and parameter.ndim == 1:  # of a norm
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert 0 < parameter.std() < 2, name
+    latents = model.perceiver.latents
+    assert 0.9 < latents.std() < 1.1
+    inputs = batch("llama", dtype=torch.float32)
+    with torch.no_grad():  # gates are shut: pictures say nothing yet
+        found, other = model(**inputs), model(**{**inputs, "vision_x": -inputs["vision_x"]})
+    assert torch.equal(found.logits, other.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt1b"])
+def test_what_is_missing_starts_as_in_a_random_model(
+    hf_files: Files, family: str, tmp_path: Path
+) -> None:
+    """Where the caller asks for transformers' way. Gates stand inside the language model."""
+    folder = hf_files.whole(family)
+    names = [n for n in facts_at(folder) if "gated_cross_attn" in n or n.startswith("perceiver")]
+    lacking = changed(folder, tmp_path / "lacking", **dict.fromkeys(names))
+    with torch.random.fork_rng(devices=[]):
+        model, info = load(lacking, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(names)
+    tensors = model.state_dict()
+    assert all((tensors[name] == 0).all() for name in names if name.endswith("_gate"))
+    assert all((tensors[name] == 0).all() for name in names if name.endswith("bias"))
+    assert 0.9 < tensors["perceiver.latents"].std() < 1.1
+    assert (tensors["perceiver.norm.weight"] == 1).all()
+    weights = [tensors[name] for name in names if name.endswith("to_q.weight")]
+    assert all(0.1 < weight.std() * (3 * weight.shape[1]) ** 0.5 < 1.9 for weight in weights)
+    assert sorted(load_file(folder / "model.safetensors")) == sorted(tensors)
+
+
+def test_what_does_not_fit_raises(hf_files: Files, tmp_path: Path) -> None:
+    folder = hf_files.whole("llama")
+    gate = "lang_encoder.model.layers.1.gated_cross_attn_layer.attn_gate"
+    lacking = changed(folder, tmp_path / "lacking", **{gate: None})
+    with pytest.raises(LoadError, match="1 missing") as caught:
+        load(lacking)
+    assert (caught.value.code, caught.value.where) == ("FC430", str(lacking))
+    assert gate in str(caught.value)
+    more = changed(folder, tmp_path / "more", more=torch.zeros(1))
+    with pytest.raises(LoadError, match="1 unexpected: `more`"):
+        load(more)
+    model, info = load(more, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"more"}
+    assert isinstance(model, FlamingoForConditionalGeneration)
+    other = changed(folder, tmp_path / "other", **{"perceiver.latents": torch.zeros(3, 5)})
+    with pytest.raises(LoadError, match=r"another shape: `perceiver.latents is \[3, 5\], not "):
+        load(other)
+    with pytest.raises(LoadError, match="another shape"):
+        load(other, output_loading_info=True)
+    assert load(other, ignore_mismatched_sizes=True).perceiver.latents.std() > 0.5
+    with pytest.raises(LoadError, match="1 missing"):
+        load(lacking, ignore_mismatched_sizes=True)
+
+
+def test_a_partial_folder_names_what_completes_it(hf_files: Files, tmp_path: Path) -> None:
+    cli_ok(
+        *("convert", hf_files.write("partial", "opt"), tmp_path / "partial"),
+        *("--to", "hf-flamingo", "--config", hf_files.config("opt")),
+    )
+    with pytest.raises(LoadError, match="missing: `lang_encoder") as caught:
+        load(tmp_path / "partial")
+    assert "--base-vision" in str(caught.value.hint)
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_it(hf_files: Files, tmp_path: Path) -> None:
+    folder = hf_files.whole("opt")
+    name = "lang_encoder.model.decoder.embed_tokens.weight"
+    rows = load_file(folder / "model.safetensors")[name]
+    untied = changed(folder, tmp_path / "untied", **{HEAD: rows + 1})
+    with pytest.raises(CkptError, match="ties") as caught:
+        load(untied)
+    assert caught.value.code == "FC469"
+    config = json.loads((untied / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = False
+    (untied / "config.json").write_text(json.dumps(config))
+    model = load(untied)
+    assert torch.equal(model.get_output_embeddings().weight, rows + 1)
+    model.save_pretrained(tmp_path / "saved")
+    assert facts_at(tmp_path / "saved") == facts_at(untied)
+
+
+@pytest.mark.parametrize("form", ["bin", "index", "shards", "argument", "file"])
+def test_nothing_is_unpickled(
+    hf_files: Files, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.load was called")
+
+    folder, options = tmp_path / "folder", {}
+    shutil.copytree(hf_files.whole("opt"), folder)
+    if form != "argument":
+        state = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+    if form == "index":
+        (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+        index = {"weight_map": dict.fromkeys(state, "pytorch_model-00001-of-00001.bin")}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    elif form == "shards":  # an index by the name of safetensors
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, "pytorch_model.bin")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif form == "argument":
+        options = {"use_safetensors": False}
+    elif form == "file":
+        config = FlamingoConfig.from_pretrained(folder)
+        folder, options = folder / "pytorch_model.bin", {"config": config}
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CkptError, match="nothing is unpickled") as caught:
+        FlamingoForConditionalGeneration.from_pretrained(folder, **options)
+    assert caught.value.code == "FC467"
+    assert f"flamingo-ckpt convert {folder}" in str(caught.value.hint)
+
+
+def test_weights_that_the_config_names_are_no_pickle_either(hf_files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(hf_files.whole("opt"), folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "adapter_model.bin"})
+    )
+    with pytest.raises(CkptError) as caught:
+        load(folder)
+    assert caught.value.code == "FC467"
+    (folder / "adapter_model.bin").rename(folder / "model.safetensors")
+    with pytest.raises(CkptError, match=r"adapter_model.bin") as caught:
+        load(folder)
+    assert caught.value.code == "FC467"
+
+
+def test_code_of_a_repository_is_not_run(hf_files: Files) -> None:
+    with pytest.raises(CkptError, match="not run"):
+        load(hf_files.whole("opt"), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_published_files(family: str, tmp_path: Path) -> None:
+    """As Otter wrote them: buffers of the time, another `model_type`, an extra row."""
+    made = zoo.hf_flamingo(family, era="2023", model_type="otter", position_ids=True, extra_rows=1)
+    tower = "vision_encoder.vision_model."
+    state = {
+        tower + name.removeprefix("vision_encoder.").removeprefix("vision_model.")
+        if name.startswith("vision_encoder.")
+        else name: tensor
+        for name, tensor in made.state.items()
+    }
+    config = {**made.config, "use_media_placement_augmentation": True, "only_attend_previous": True}
+    zoo.save_folder(state, config, tmp_path / "otter")
+    with transformers_log() as said:
+        model = load(tmp_path / "otter")
+    assert said == []
+    assert type(model).__name__ == "FlamingoForConditionalGeneration"
+    # never obeyed: upstream's forward would be another each time
+    inputs = batch(family, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert model.config.use_media_placement_augmentation is True
+
+    from transformers import AutoConfig, AutoModel
+
+    other = AutoModel.from_pretrained(tmp_path / "otter")
+    assert type(other).__name__ == "OtterForConditionalGeneration"
+    assert AutoConfig.from_pretrained(tmp_path / "otter").model_type == "otter"
+    other.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["model_type"] == "otter"
+    assert written["architectures"] == ["OtterForConditionalGeneration"]
+    assert written["only_attend_previous"] is True
+    cli_ok("diff", tmp_path / "saved", f"model:{tmp_path / 'saved' / 'config.json'}")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+def test_names_of_a_state_dict_in_memory(hf_files: Files, family: str, tmp_path: Path) -> None:
+    """Vision keys without `vision_model.`, and a head called `lm_head`, as `state_dict` has them."""
+    folder = tmp_path / "flat"
+    shutil.copytree(hf_files.whole(family), folder)
+    state = {
+        name.replace("vision_encoder.vision_model.", "vision_encoder.").replace(
+            ".embed_out.", ".lm_head."
+        ): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert facts_at(tmp_path / "saved") == facts_once(hf_files.whole(family), family)
+
+
+def test_a_save_over_an_earlier_one(hf_files: Files, tmp_path: Path) -> None:
+    """transformers leaves the file that it would load next time."""
+    model = load(hf_files.whole("gpt_neox"))
+    wanted = facts_at(hf_files.whole("gpt_neox"))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.perceiver.latents.add_(1)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert "lang_encoder.embed_out.weight" in index["weight_map"]
+    assert torch.equal(load(tmp_path).perceiver.latents, model.perceiver.latents)
+    with torch.no_grad():
+        model.perceiver.latents.sub_(1)
+    again = load(tmp_path)
+    again.perceiver.latents.data.copy_(model.perceiver.latents)
+    again.save_pretrained(tmp_path)  # the folder that it was loaded from
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    assert sorted(facts_at(tmp_path)) == sorted(wanted)
+    assert torch.equal(load(tmp_path).perceiver.latents, model.perceiver.latents)
+    again.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path).perceiver.latents, model.perceiver.latents)
+
+
+def test_dtype(hf_files: Files, tmp_path: Path) -> None:
+    folder = hf_files.whole("llama")
+    model = load(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype == torch.bfloat16
+    # pictures are cast; rotary frequencies are not
+    assert model(**batch("llama", dtype=torch.float32)).logits.dtype == torch.bfloat16
+    buffers = {name: one for name, one in model.named_buffers() if name.endswith("inv_freq")}
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert next(load(tmp_path).parameters()).dtype == torch.bfloat16
+    cli_ok("diff", tmp_path, f"model:{tmp_path / 'config.json'}")
+
+
+@each_family
+def test_the_config_goes_round(hf_files: Files, family: str, tmp_path: Path) -> None:
+    config = FlamingoConfig.from_pretrained(hf_files.whole(family), **TOKENS)
+    again = FlamingoConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    assert again.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    found = FlamingoConfig.from_pretrained(tmp_path)
+    assert (found.media_token_id, found.eoc_token_id) == (MEDIA_TOKEN, EOC_TOKEN)
+    assert found.text_config.to_dict() == config.text_config.to_dict()
+    assert found.vision_config.to_dict() == config.vision_config.to_dict()
+    model = FlamingoForConditionalGeneration(found)
+    assert model.config.text_config is model.lang_encoder.config
+    assert model.generation_config.eos_token_id == EOC_TOKEN
+
+
+def test_where_generation_ends_is_saved(hf_files: Files, tmp_path: Path) -> None:
+    model = load(hf_files.whole("opt"))
+    assert model.generation_config.eos_token_id == EOC_TOKEN
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).generation_config.eos_token_id == EOC_TOKEN
+    own = json.loads((tmp_path / "generation_config.json").read_text()) | {"eos_token_id": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    assert load(tmp_path).generation_config.eos_token_id == 7
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map(hf_files: Files, device_map: str) -> None:
+    model = load(hf_files.whole("llama"), device_map=device_map)
+    inputs = batch("llama", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, load(hf_files.whole("llama"))(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mpt1b"])
+def test_a_model_in_two_places(hf_files: Files, family: str, tmp_path: Path) -> None:
+    """Half of the layers on disk: no decoder layer is parted from its gated block."""
+    folder = hf_files.whole(family)
+    path = zoo.FAMILIES[family][0]
+    whole = load(folder)
+    names = [name for name, _ in whole.named_children() if name != "lang_encoder"]
+    places: dict[str, Any] = dict.fromkeys(names, "cpu")
+    inner = path.split(".")[0]
+    for name, _ in whole.lang_encoder.named_children():
+        if name != inner:
+            places[f"lang_encoder.{name}"] = "cpu"
+    for name, _ in whole.lang_encoder.get_submodule(inner).named_children():
+        if f"{inner}.{name}" != path:
+            places[f"lang_encoder.{inner}.{name}"] = "cpu"
+    places |= {f"lang_encoder.{path}.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}
+    model = load(folder, device_map=places, offload_folder=tmp_path / "offload")
+    assert {"FlamingoLayer", "PerceiverResampler", "CLIPEncoderLayer"} <= model._no_split_modules
+    inputs = batch(family, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
+    words = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(words, whole.generate(**inputs, max_new_tokens=3, do_sample=False))
+    with pytest.warns(UserWarning, match="offloaded"):
+        model.save_pretrained(tmp_path / "saved")
+    assert facts_at(tmp_path / "saved") == facts_at(folder)
+
+
+def test_device_map_without_accelerate(hf_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(CkptError, match="`device_map` needs accelerate") as caught:
+        load(hf_files.whole("llama"), device_map="auto")
+    assert caught.value.code == "FC466"
+    assert "pip install flamingo-ckpt[accelerate]" in str(caught.value.hint)
+
+
+_AS_A_USER = """
+import sys
+folder, out = sys.argv[1:]
+import flamingo_ckpt, flamingo_ckpt.models
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+from flamingo_ckpt.models import FlamingoForConditionalGeneration
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+assert type(AutoConfig.from_pretrained(folder)).__name__ == "FlamingoConfig"
+models = [
+    FlamingoForConditionalGeneration.from_pretrained(folder, media_token_id=94, eoc_token_id=93),
+    AutoModel.from_pretrained(folder, media_token_id=94, eoc_token_id=93),
+    AutoModelForImageTextToText.from_pretrained(folder, media_token_id=94, eoc_token_id=93),
+]
+torch.manual_seed(0)
+words, pictures = torch.tensor([[94, 5, 6, 7]]), torch.randn(1, 1, 3, 32, 32)
+mask = torch.ones_like(words)
+texts = [
+    model.generate(input_ids=words, attention_mask=mask, pixel_values=pictures, max_new_tokens=5)
+    for model in models
+]
+assert all(torch.equal(text, texts[0]) for text in texts)
+models[0].save_pretrained(out)
+again = AutoModelForImageTextToText.from_pretrained(out)
+assert again.media_token_id == 94
+assert torch.equal(
+    again.generate(input_ids=words, attention_mask=mask, pixel_values=pictures, max_new_tokens=5),
+    texts[0],
+)
+print(texts[0].shape[1] > 4)
+"""
+
+
+def test_as_a_user_would(hf_files: Files, tmp_path: Path) -> None:
+    done = python(_AS_A_USER, hf_files.whole("gpt_neox"), tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_nothing_is_registered_before_it_is_asked_for(hf_files: Files) -> None:
+    done = python(
+        "import sys, flamingo_ckpt, flamingo_ckpt.models\n"
+        "flamingo_ckpt.models.load_config(sys.argv[1])\n"
+        "from transformers import CONFIG_MAPPING\n"
+        "print('flamingo' in CONFIG_MAPPING, 'otter' in CONFIG_MAPPING)",
+        hf_files.whole("opt"),
+    )
+    assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
