@@ -100,10 +100,10 @@ def fill(
         dtype = _torch_dtype(dtype_of_new(load, options))
         device = torch.device(options.device or "cpu")
         new = None
-        if change is None and device.type == "cpu" and dtype is _torch_dtype(load.step.dtype):
-            new = maps.tensor(load.step, target.shape, dtype)
-        if new is None and is_distributed(target.tensor):
+        if is_distributed(target.tensor):
             new = _distributed(target.tensor, _staged(load, change, buffer, lock), dtype)
+        elif change is None and device.type == "cpu" and dtype is _torch_dtype(load.step.dtype):
+            new = maps.tensor(load.step, target.shape, dtype)
         if new is None:
             new = torch.empty(target.shape, dtype=dtype, device=device)
             _into(new, load, change, buffer, lock)
@@ -115,6 +115,8 @@ def fill(
     for target in zeros:
         if becomes_new(target, options):
             new = torch.zeros(target.shape, dtype=target.tensor.dtype, device=options.device)
+            if is_distributed(target.tensor):
+                new = _distributed(target.tensor, new, new.dtype)
             filled.put(target, new)
         else:
             target.tensor.detach().zero_()

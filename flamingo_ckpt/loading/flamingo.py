@@ -60,7 +60,7 @@ def create_model_and_transforms(
     Args:
         clip_vision_encoder_path: a model name of open_clip, such as `ViT-L-14`; a folder with an
             `open_clip_config.json` or a `config.json` of transformers' CLIP; a repository with
-            one of them after `hf-hub:`.
+            one of them, `owner/name` with or without `hf-hub:`.
         clip_vision_encoder_pretrained: with a name: a tag such as `openai`, or a file in any
             format and layout. A tag decides on QuickGELU; for a file the name does (`ViT-L-14` or
             `ViT-L-14-quickgelu`). None with a name gives a RANDOM tower, as upstream does, and

@@ -20,7 +20,7 @@ from flamingo_ckpt.tensors import TORCH_DTYPES, escape
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 _HEAD_KEY = "lm_head.weight"
 _GENERATION_CONFIG = "generation_config.json"
@@ -49,6 +49,7 @@ def load_hf_model(
     layout: str | None = None,
     wrapper_key: str | None = None,
     npy_bfloat16: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[PaliGemmaForConditionalGeneration, Any]:
     """A PaliGemma and its tokenizer from a folder; `load_paligemma` gives the report as well.
 
@@ -63,6 +64,7 @@ def load_hf_model(
         layout: of the file's keys, by name; None: by evidence.
         wrapper_key: of torch files: the weights are under this key.
         npy_bfloat16: read 2-byte void elements of `.npz` as bfloat16.
+        attn_implementation: `eager` or `sdpa`; None is the class's own choice.
 
     Raises:
         LoadError: keys are missing, or unexpected, or of another shape; with a grouped report.
@@ -77,6 +79,7 @@ def load_hf_model(
         layout=layout,
         wrapper_key=wrapper_key,
         npy_bfloat16=npy_bfloat16,
+        attn_implementation=attn_implementation,
     )
     return loaded.model, loaded.tokenizer
 
@@ -89,6 +92,7 @@ def load_paligemma(
     layout: str | None = None,
     wrapper_key: str | None = None,
     npy_bfloat16: bool = False,
+    attn_implementation: str | None = None,
 ) -> LoadedPaliGemma:
     """The same as `load_hf_model`, with the report of the load.
 
@@ -109,7 +113,10 @@ def load_paligemma(
     _import_models()
     tokenizer = load_tokenizer(folder)
     image_token = check_tokenizer(tokenizer, settings, folder)
-    model = _build(settings, image_token, wanted or weights.dtype or "float32", weights.num_rows)
+    config = hf_config(
+        settings, image_token, wanted or weights.dtype or "float32", weights.num_rows
+    )
+    model = _build(config, settings.where, attn_implementation)
     report = load_into(
         model,
         weights.manifest,
@@ -152,23 +159,23 @@ def _import_models() -> None:
 
 
 def _build(
-    settings: PaliGemmaSettings, image_token: int, dtype: str, num_rows: int
+    config: PaliGemmaConfig, where: str, attn_implementation: str | None
 ) -> PaliGemmaForConditionalGeneration:
     """The model on meta: its shapes and no memory."""
     import torch
     from transformers import PaliGemmaForConditionalGeneration
 
-    config = hf_config(settings, image_token, dtype, num_rows)
     make: Any = PaliGemmaForConditionalGeneration._from_config
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
-            model: PaliGemmaForConditionalGeneration = make(config, dtype=getattr(torch, dtype))
+            model: PaliGemmaForConditionalGeneration = make(config, dtype=config.dtype, **options)
     except Exception as error:  # whatever the class makes of its config
         raise CkptError(
             f"cannot construct the model: {type(error).__name__}: "
             f"{escape((str(error).splitlines() or [''])[0])}",
             code="FC405",
-            where=settings.where,
+            where=where,
         ) from error
     return model
 

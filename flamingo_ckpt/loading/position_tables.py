@@ -112,10 +112,11 @@ def _open_clip_vision(part: nn.Module) -> _Hit:
     """`VisionTransformer` of open_clip, or of OpenAI's package (which keeps no grid)."""
     name = "positional_embedding"
     shape = _shape_of(part, name)
-    if shape is None or _shape_of(part, "class_embedding") is None:
+    if shape is None:
         return None
     grid = _pair(getattr(part, "grid_size", None)) or _grid_of_pixels(part, "input_resolution")
-    table = _image(shape, grid, (1,))
+    has_class = _shape_of(part, "class_embedding") is not None
+    table = _image(shape, grid, (1,) if has_class else (0,))
     return None if table is None else (name, table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
     from flamingo_ckpt.loading.report import LoadReport
 
+_logger = logging.getLogger(__name__)
+
 DEFAULT_FILENAME = "checkpoint.pt"
 #: The tower's projection: no Flamingo uses it, and the Hugging Face port has no place for it.
 _UNUSED = frozenset({"vision_encoder.proj"})
+_GATES = (".attn_gate", ".ff_gate")
 
 
 def load_pretrained(
@@ -91,7 +95,20 @@ def load_pretrained(
         wrapper_key=wrapper_key,
         may_miss=_UNUSED,
     )
-    return load_into(model, source, options)
+    report = load_into(model, source, options)
+    _mention_closed_gates(model, report.uri)
+    return report
+
+
+def _mention_closed_gates(model: nn.Module, uri: str) -> None:
+    """Gates are made closed. A checkpoint in which all still are was never trained."""
+    gates = [one for name, one in model.named_parameters() if name.endswith(_GATES)]
+    if gates and not any(bool(gate.any()) for gate in gates):
+        _logger.warning(
+            "all %d gates of `%s` are 0: its gated cross-attention lets no picture through",
+            len(gates),
+            uri,
+        )
 
 
 def _locate(place: str, filename: str | None, access: Access) -> str:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from flamingo_ckpt import hub
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.loading.places import (
+    HF_WEIGHTS,
     HUB_PREFIX,
     LOCAL_PREFIX,
     OPEN_CLIP_WEIGHTS,
@@ -90,7 +92,7 @@ def load_vision_tower(
     Args:
         path: a model name of open_clip; a folder (or `local-dir:` folder) with an
             `open_clip_config.json` or with a CLIP's `config.json` of transformers; a repository
-            with one of them after `hf-hub:`.
+            with one of them, `owner/name` with or without `hf-hub:`.
         pretrained: with a model name: a tag of open_clip's table, or a file in any format and
             layout that holds the tower (a whole CLIP does). With a folder or repository: None for
             its own weights, or such a file. None with a model name leaves the tower RANDOM, as
@@ -129,8 +131,11 @@ def load_vision_tower(
 
 
 def _find(path: str, pretrained: str | None, access: Access, quick_gelu: bool | None) -> _Source:
-    is_place = path.startswith((HUB_PREFIX, LOCAL_PREFIX)) or os.path.isdir(path)
-    source = _of_place(path, pretrained, access) if is_place else _of_name(path, pretrained, access)
+    config = None if _is_place(path) else _named(path)
+    if config is not None:
+        source = _of_name(path, config, pretrained, access)
+    else:
+        source = _of_place(path, pretrained, access)
     if quick_gelu is not None:
         return replace(source, model={**source.model, "quick_gelu": quick_gelu})
     if not source.is_told:
@@ -138,18 +143,31 @@ def _find(path: str, pretrained: str | None, access: Access, quick_gelu: bool | 
     return source
 
 
-def _of_name(name: str, pretrained: str | None, access: Access) -> _Source:
-    """A model of open_clip's own list, with a tag or a file."""
+def _is_place(path: str) -> bool:
+    return path.startswith((HUB_PREFIX, LOCAL_PREFIX)) or os.path.isdir(path)
+
+
+def _named(name: str) -> Mapping[str, Any] | None:
+    """The config of a model of open_clip's own list; None for a repository's `owner/name`."""
     import open_clip  # type: ignore[import-untyped]
 
-    config = open_clip.get_model_config(name.replace("/", "-"))
-    if config is None:
+    config: Mapping[str, Any] | None = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None and not ("/" in name and hub.is_repo_id(name)):
         raise CkptError(
             f"open_clip has no model `{escape(name)}`, and there is no such folder",
             code="FC450",
             hint="`open_clip.list_models()` lists the names; a repository of the hub is "
             f"`{HUB_PREFIX}owner/name`",
         )
+    return config
+
+
+def _of_name(
+    name: str, config: Mapping[str, Any], pretrained: str | None, access: Access
+) -> _Source:
+    """A model of open_clip's own list, with a tag or a file."""
+    import open_clip
+
     source = _Source(model=config, preprocess={}, weights=None, where=name)
     if not pretrained:
         return source
@@ -213,8 +231,10 @@ def _of_place(path: str, pretrained: str | None, access: Access) -> _Source:
     source = _of_open_clip(native) if os.path.isfile(native) else _of_transformers(folder)
     if pretrained:
         weights = _file(pretrained, [], path)
-    elif os.path.isfile(native) or local_path(path, "CLIP") is None:
+    elif os.path.isfile(native):
         weights = fetch_weights(path, folder, access, OPEN_CLIP_WEIGHTS)
+    elif local_path(path, "CLIP") is None:
+        weights = fetch_weights(path, folder, access, HF_WEIGHTS)
     else:
         weights = folder
     return replace(source, weights=weights)

@@ -90,6 +90,24 @@ def test_the_same_bits_as_from_pretrained(tmp_path: Path, version: int, dtype: t
     assert ours.config.to_dict().keys() == theirs.config.to_dict().keys()
 
 
+def test_the_attention_asked_for(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
+    write_folder(tmp_path, zoo.config, zoo.layout("L1"))
+    # As the processor marks a prefix. Without it, the class's eager attention is causal, and its
+    # fused one is not.
+    kinds = torch.zeros_like(inputs(zoo)["input_ids"])
+    for name in ("eager", "sdpa"):
+        model, _ = load_hf_model(tmp_path, "cpu", attn_implementation=name)
+        for part in (model, model.model.language_model, model.model.vision_tower):
+            assert part.config._attn_implementation == name
+        with torch.no_grad():
+            ours = model(**inputs(zoo), token_type_ids=kinds).logits
+            theirs = zoo.model(**inputs(zoo), token_type_ids=kinds).logits
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(CkptError, match="cannot construct the model") as caught:
+        load_hf_model(tmp_path, "cpu", attn_implementation="magic")
+    assert caught.value.code == "FC405"
+
+
 def test_greedy_tokens(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
     model, tokenizer = load_hf_model(write_folder(tmp_path, zoo.config, zoo.layout("L1")), "cpu")
     batch = inputs(zoo)

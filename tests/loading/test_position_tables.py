@@ -176,6 +176,22 @@ def test_the_original_tower() -> None:
     assert found(OpenAiVision()) == {"positional_embedding": SQUARE}
 
 
+class WithoutClass(nn.Module):
+    """A tower like open_clip's that pools by the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid_size = (2, 8)
+        self.positional_embedding = nn.Parameter(torch.randn(16, 16))
+
+
+def test_a_tower_without_a_class_token() -> None:
+    module = WithoutClass()
+    assert found(module) == {"positional_embedding": ("image", (2, 8), 0, 0)}
+    module.class_embedding = nn.Parameter(torch.randn(16))
+    assert found(module) == {}  # 16 rows are no class row and 16 positions
+
+
 def test_wrappers_do_not_show() -> None:
     plain = {"visual.positional_embedding": SQUARE, "positional_embedding": TEXT}
     model = clip_model()

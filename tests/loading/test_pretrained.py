@@ -16,7 +16,7 @@ from flamingo_ckpt.loading.flamingo import create_model_and_transforms
 from flamingo_ckpt.loading.pretrained import load_pretrained
 from tests import zoo
 from tests.hub_server import HubServer, serving
-from tests.loading.flamingo_files import save_parts
+from tests.loading.flamingo_files import create, save_parts
 
 Create = Callable[..., Any]
 REPO = "openflamingo/OpenFlamingo-Tiny"
@@ -155,6 +155,40 @@ def test_parameters_stay_those_that_an_optimizer_knows(created: Create, tmp_path
     for name, one in model.named_parameters():
         assert one is before[name][0], name
         assert one.requires_grad == before[name][1], name
+
+
+def test_gates_that_were_never_opened(
+    created: Create, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = trained()
+    load_pretrained(created(), zoo.save_torch(state, tmp_path / "x.pt"))
+    assert not caplog.records
+    state |= {name: torch.zeros(1) for name in state if name.endswith("_gate")}
+    load_pretrained(created(), zoo.save_torch(state, tmp_path / "closed.pt"))
+    assert "all 4 gates of" in caplog.text
+
+
+def test_training_leaves_the_files_alone(tmp_path: Path) -> None:
+    """What is mapped from a file is written to in memory only."""
+    parts = save_parts("llama", tmp_path)
+    folder = Path(parts["lang_encoder_path"])
+    made = zoo.openflamingo("llama")
+    rows = {"vocab_size": zoo.flamingo_rows("llama")}  # so that nothing is resized
+    state = dict(made.language)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], state[name][:3] + 1])
+    zoo.save_folder(state, made.text_config | rows, folder)
+    files = [folder / "model.safetensors", zoo.save_safetensors(trained(), tmp_path / "ck")]
+    before = [file.read_bytes() for file in files]
+    model = create(parts, cross_attn_every_n_layers=2)
+    load_pretrained(model, files[1])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    inputs = made.inputs()
+    loss = model(**inputs, labels=inputs["lang_x"]).loss
+    loss.backward()
+    optimizer.step()
+    assert model(**inputs, labels=inputs["lang_x"]).loss < loss
+    assert [file.read_bytes() for file in files] == before
 
 
 # --- what has to be refused -----------------------------------------------------------------------

@@ -166,3 +166,32 @@ def test_towers_without_patch_tokens(tmp_path: Path) -> None:
     refused("FC450", tower, "ViT-Z-99")
     made = zoo.openflamingo("llama")
     refused("FC451", tower, zoo.save_folder(made.language, made.text_config, tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_a_repository_of_transformers_in_shards(
+    prefix: str, server: HubServer, tmp_path: Path
+) -> None:
+    """Also of weights in pickles, which are read and never run; `owner/name` is enough."""
+    made = zoo.clip(layers=VISION_LAYERS)
+    names, weight_map = sorted(made.hf), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"pytorch_model-{number:05}-of-00002.bin"
+        zoo.save_torch({name: made.hf[name] for name in part}, tmp_path / "up" / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "up" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "up" / "config.json").write_text(json.dumps(made.config))
+    server.push_folder("openai/clip-tiny", tmp_path / "up")
+    access = Access(cache_dir=tmp_path / "cache")
+    found = load_vision_tower(f"{prefix}openai/clip-tiny", None, access)
+    assert close(tokens_of(found), expected_tokens())
+
+
+def test_a_folder_with_other_weights(tmp_path: Path) -> None:
+    """A file instead of the folder's own; a tag is no file."""
+    folder = save_open_clip(tmp_path / "clip", zoo.clip(layers=VISION_LAYERS, seed=1).open_clip)
+    path = zoo.save_torch(zoo.clip(layers=VISION_LAYERS).open_clip, tmp_path / "other.pt")
+    assert not close(tokens_of(tower(folder)), expected_tokens())
+    assert close(tokens_of(tower(f"local-dir:{folder}", str(path))), expected_tokens())
+    refused("FC452", tower, folder, "openai")

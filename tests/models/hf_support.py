@@ -22,6 +22,15 @@ EXACT: dict[str, Any] = {
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 
 
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers in the output of tests: a fixture, once it is made one."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
 def load(folder: Path, **options: Any) -> Any:
     """A model of a folder that knows its tokens."""
     from flamingo_ckpt.models import FlamingoForConditionalGeneration

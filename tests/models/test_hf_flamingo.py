@@ -18,15 +18,22 @@ from tests.models.hf_support import (
     batch,
     each_family,
     load,
+    quiet_transformers,
 )
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 
-pytestmark = pytest.mark.usefixtures("quiet_transformers")
+_quiet = pytest.fixture(autouse=True)(quiet_transformers)
 
 
-def flamingo(hf_files: Files, family: str) -> Any:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
+    return Files(tmp_path_factory.mktemp("hf"))
+
+
+def flamingo(files: Files, family: str) -> Any:
     """`Flamingo` with the same weights, under OpenFlamingo's names."""
-    config = load_config(hf_files.config(family))
+    config = load_config(files.config(family))
     model: Any = build(config, dtype="float64", attn_implementation="eager")
     model.load_state_dict(zoo.openflamingo(family).full)
     model.media_token_id, model.eoc_token_id = MEDIA_TOKEN, EOC_TOKEN
@@ -44,8 +51,8 @@ CLOSE = {"llama": 1e-6}
 
 @each_family
 @pytest.mark.parametrize("padded", [None, "right"])
-def test_logits_are_those_of_flamingo(hf_files: Files, family: str, padded: str | None) -> None:
-    ours, theirs = load(hf_files.whole(family), **EXACT), flamingo(hf_files, family)
+def test_logits_are_those_of_flamingo(files: Files, family: str, padded: str | None) -> None:
+    ours, theirs = load(files.whole(family), **EXACT), flamingo(files, family)
     inputs, rows = batch(family, padded=padded), known_rows(family)
     with torch.no_grad():
         found, wanted = ours(**inputs).logits, theirs(**inputs).logits
@@ -57,8 +64,8 @@ def test_logits_are_those_of_flamingo(hf_files: Files, family: str, padded: str 
     assert (blind - wanted)[..., :rows].abs().max() > 1e-3
 
 
-def test_tokens_are_those_before_the_last_norm(hf_files: Files) -> None:
-    model = load(hf_files.whole("llama"), **EXACT)
+def test_tokens_are_those_before_the_last_norm(files: Files) -> None:
+    model = load(files.whole("llama"), **EXACT)
     pictures = batch("llama")["vision_x"].flatten(0, 2)
     with torch.no_grad():
         found = model.visual_tokens(pictures)
@@ -72,8 +79,8 @@ def test_tokens_are_those_before_the_last_norm(hf_files: Files) -> None:
 
 
 @each_family
-def test_both_styles_and_the_loss(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family), **EXACT)
+def test_both_styles_and_the_loss(files: Files, family: str) -> None:
+    model = load(files.whole(family), **EXACT)
     port = batch(family)
     own = {
         "input_ids": port["lang_x"],
@@ -98,9 +105,9 @@ def test_both_styles_and_the_loss(hf_files: Files, family: str) -> None:
 
 
 @each_family
-def test_greedy_is_what_forwards_say_with_and_without_cache(hf_files: Files, family: str) -> None:
-    """Of each step the logits too: a model that forgets its images may go on with the same words."""
-    model = load(hf_files.whole(family), **EXACT)
+def test_greedy_is_what_forwards_say_with_and_without_cache(files: Files, family: str) -> None:
+    """The logits of each step too: without its images a model may go on with the same words."""
+    model = load(files.whole(family), **EXACT)
     inputs = batch(family)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -127,8 +134,8 @@ def test_greedy_is_what_forwards_say_with_and_without_cache(hf_files: Files, fam
 
 
 @each_family
-def test_a_loop_with_a_cache_of_ones_own(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family), **EXACT)
+def test_a_loop_with_a_cache_of_ones_own(files: Files, family: str) -> None:
+    model = load(files.whole(family), **EXACT)
     inputs = batch(family)
     with torch.no_grad():
         wanted = model(**inputs).logits
@@ -144,8 +151,8 @@ def test_a_loop_with_a_cache_of_ones_own(hf_files: Files, family: str) -> None:
 
 
 @each_family
-def test_beams_score_what_forwards_say(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family), **EXACT)
+def test_beams_score_what_forwards_say(files: Files, family: str) -> None:
+    model = load(files.whole(family), **EXACT)
     inputs = batch(family)
     found = model.generate(
         **inputs,
@@ -167,8 +174,8 @@ def test_beams_score_what_forwards_say(hf_files: Files, family: str) -> None:
             assert abs(chosen - score) < 1e-5
 
 
-def test_left_padding_and_the_end_of_a_chunk(hf_files: Files) -> None:
-    model, theirs = load(hf_files.whole("llama"), **EXACT), flamingo(hf_files, "llama")
+def test_left_padding_and_the_end_of_a_chunk(files: Files) -> None:
+    model, theirs = load(files.whole("llama"), **EXACT), flamingo(files, "llama")
     inputs = batch("llama", padded="left")
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     wanted = theirs.generate(**inputs, **options)
@@ -183,8 +190,8 @@ def test_left_padding_and_the_end_of_a_chunk(hf_files: Files) -> None:
     assert model.config.eoc_token_id == 0
 
 
-def test_what_is_asked_for_wrongly(hf_files: Files) -> None:
-    model = load(hf_files.whole("opt"), media_token_id=None)
+def test_what_is_asked_for_wrongly(files: Files) -> None:
+    model = load(files.whole("opt"), media_token_id=None)
     inputs = batch("opt", dtype=torch.float32)
     with pytest.raises(CkptError, match="which token stands for an image") as caught:
         model(**inputs)
@@ -206,8 +213,8 @@ def test_what_is_asked_for_wrongly(hf_files: Files) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_reaches_every_part(hf_files: Files, family: str, attention: str) -> None:
-    model = load(hf_files.whole(family), attn_implementation=attention)
+def test_attention_reaches_every_part(files: Files, family: str, attention: str) -> None:
+    model = load(files.whole(family), attn_implementation=attention)
     # transformers' GPT-J has no other than eager attention
     language = attention if family == "llama" else "eager"
     assert model.lang_encoder.config._attn_implementation == language
@@ -225,8 +232,8 @@ def test_attention_reaches_every_part(hf_files: Files, family: str, attention: s
 
 
 @pytest.mark.parametrize("family", ["mpt1b", "mpt7b", "gpt_neox", "llama", "opt", "gptj"])
-def test_checkpointing_gives_the_same_gradients(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family)).train()
+def test_checkpointing_gives_the_same_gradients(files: Files, family: str) -> None:
+    model = load(files.whole(family)).train()
     inputs = batch(family, dtype=torch.float32)
     # frozen as in training, so that the gradient has to come through what is recomputed
     for name, parameter in model.named_parameters():
@@ -270,8 +277,8 @@ def _count_calls(model: Any) -> dict[str, int]:
     return calls
 
 
-def test_a_copy_is_a_model_of_its_own(hf_files: Files) -> None:
-    model = load(hf_files.whole("opt"))
+def test_a_copy_is_a_model_of_its_own(files: Files) -> None:
+    model = load(files.whole("opt"))
     other = copy.deepcopy(model)
     inputs = batch("opt", dtype=torch.float32)
     with torch.no_grad():
@@ -287,8 +294,8 @@ def test_a_copy_is_a_model_of_its_own(hf_files: Files) -> None:
 
 
 @each_family
-def test_more_rows(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family))
+def test_more_rows(files: Files, family: str) -> None:
+    model = load(files.whole(family))
     rows = zoo.flamingo_rows(family)
     before = model.get_input_embeddings().weight.detach().clone()
     inputs = batch(family, dtype=torch.float32)

@@ -20,12 +20,20 @@ from tests.models.hf_support import (
     batch,
     each_family,
     load,
+    quiet_transformers,
     transformers_log,
 )
 from tests.support import cli, cli_ok, facts_at, python
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 
-pytestmark = pytest.mark.usefixtures("quiet_transformers")
+_quiet = pytest.fixture(autouse=True)(quiet_transformers)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
+    return Files(tmp_path_factory.mktemp("hf"))
+
 
 #: Families whose head is the embedding: `convert` carries a copy where the source has one.
 TIED = ("mpt7b", "opt")
@@ -51,9 +59,9 @@ def changed(folder: Path, into: Path, **changes: torch.Tensor | None) -> Path:
 
 @each_model
 def test_a_converted_folder_loads_whole_and_is_saved_as_it_was(
-    hf_files: Files, family: str, era: str, tmp_path: Path
+    files: Files, family: str, era: str, tmp_path: Path
 ) -> None:
-    folder = hf_files.whole(family, era)
+    folder = files.whole(family, era)
     with transformers_log() as said:
         model, info = load(folder, output_loading_info=True)
         model.save_pretrained(tmp_path / "saved")
@@ -75,8 +83,8 @@ def test_a_converted_folder_loads_whole_and_is_saved_as_it_was(
 
 
 @each_family
-def test_buffers_are_those_of_a_fresh_model(hf_files: Files, family: str) -> None:
-    model = load(hf_files.whole(family))
+def test_buffers_are_those_of_a_fresh_model(files: Files, family: str) -> None:
+    model = load(files.whole(family))
     fresh = FlamingoForConditionalGeneration(model.config)
     wanted = dict(fresh.named_buffers())
     found = dict(model.named_buffers())
@@ -91,8 +99,8 @@ def test_buffers_are_those_of_a_fresh_model(hf_files: Files, family: str) -> Non
         assert not any(tensor.is_meta for tensor in hidden.values())
 
 
-def test_a_random_model_is_sane(hf_files: Files) -> None:
-    config = FlamingoConfig.from_pretrained(hf_files.whole("llama"), **TOKENS)
+def test_a_random_model_is_sane(files: Files) -> None:
+    config = FlamingoConfig.from_pretrained(files.whole("llama"), **TOKENS)
     model = FlamingoForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name
@@ -114,10 +122,10 @@ def test_a_random_model_is_sane(hf_files: Files) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mpt1b"])
 def test_what_is_missing_starts_as_in_a_random_model(
-    hf_files: Files, family: str, tmp_path: Path
+    files: Files, family: str, tmp_path: Path
 ) -> None:
     """Where the caller asks for transformers' way. Gates stand inside the language model."""
-    folder = hf_files.whole(family)
+    folder = files.whole(family)
     names = [n for n in facts_at(folder) if "gated_cross_attn" in n or n.startswith("perceiver")]
     lacking = changed(folder, tmp_path / "lacking", **dict.fromkeys(names))
     with torch.random.fork_rng(devices=[]):
@@ -133,8 +141,8 @@ def test_what_is_missing_starts_as_in_a_random_model(
     assert sorted(load_file(folder / "model.safetensors")) == sorted(tensors)
 
 
-def test_what_does_not_fit_raises(hf_files: Files, tmp_path: Path) -> None:
-    folder = hf_files.whole("llama")
+def test_what_does_not_fit_raises(files: Files, tmp_path: Path) -> None:
+    folder = files.whole("llama")
     gate = "lang_encoder.model.layers.1.gated_cross_attn_layer.attn_gate"
     lacking = changed(folder, tmp_path / "lacking", **{gate: None})
     with pytest.raises(LoadError, match="1 missing") as caught:
@@ -157,18 +165,18 @@ def test_what_does_not_fit_raises(hf_files: Files, tmp_path: Path) -> None:
         load(lacking, ignore_mismatched_sizes=True)
 
 
-def test_a_partial_folder_names_what_completes_it(hf_files: Files, tmp_path: Path) -> None:
+def test_a_partial_folder_names_what_completes_it(files: Files, tmp_path: Path) -> None:
     cli_ok(
-        *("convert", hf_files.write("partial", "opt"), tmp_path / "partial"),
-        *("--to", "hf-flamingo", "--config", hf_files.config("opt")),
+        *("convert", files.write("partial", "opt"), tmp_path / "partial"),
+        *("--to", "hf-flamingo", "--config", files.config("opt")),
     )
     with pytest.raises(LoadError, match="missing: `lang_encoder") as caught:
         load(tmp_path / "partial")
     assert "--base-vision" in str(caught.value.hint)
 
 
-def test_a_head_of_its_own_under_a_config_that_ties_it(hf_files: Files, tmp_path: Path) -> None:
-    folder = hf_files.whole("opt")
+def test_a_head_of_its_own_under_a_config_that_ties_it(files: Files, tmp_path: Path) -> None:
+    folder = files.whole("opt")
     name = "lang_encoder.model.decoder.embed_tokens.weight"
     rows = load_file(folder / "model.safetensors")[name]
     untied = changed(folder, tmp_path / "untied", **{HEAD: rows + 1})
@@ -186,13 +194,13 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(hf_files: Files, tmp_path
 
 @pytest.mark.parametrize("form", ["bin", "index", "shards", "argument", "file"])
 def test_nothing_is_unpickled(
-    hf_files: Files, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Files, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("torch.load was called")
 
     folder, options = tmp_path / "folder", {}
-    shutil.copytree(hf_files.whole("opt"), folder)
+    shutil.copytree(files.whole("opt"), folder)
     if form != "argument":
         state = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
@@ -216,9 +224,9 @@ def test_nothing_is_unpickled(
     assert f"flamingo-ckpt convert {folder}" in str(caught.value.hint)
 
 
-def test_weights_that_the_config_names_are_no_pickle_either(hf_files: Files, tmp_path: Path) -> None:
+def test_weights_that_the_config_names_are_no_pickle_either(files: Files, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    shutil.copytree(hf_files.whole("opt"), folder)
+    shutil.copytree(files.whole("opt"), folder)
     (folder / "model.safetensors").rename(folder / "adapter_model.bin")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -233,9 +241,9 @@ def test_weights_that_the_config_names_are_no_pickle_either(hf_files: Files, tmp
     assert caught.value.code == "FC467"
 
 
-def test_code_of_a_repository_is_not_run(hf_files: Files) -> None:
+def test_code_of_a_repository_is_not_run(files: Files) -> None:
     with pytest.raises(CkptError, match="not run"):
-        load(hf_files.whole("opt"), trust_remote_code=True)
+        load(files.whole("opt"), trust_remote_code=True)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -275,10 +283,10 @@ def test_published_files(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "opt"])
-def test_names_of_a_state_dict_in_memory(hf_files: Files, family: str, tmp_path: Path) -> None:
-    """Vision keys without `vision_model.`, and a head called `lm_head`, as `state_dict` has them."""
+def test_names_of_a_state_dict_in_memory(files: Files, family: str, tmp_path: Path) -> None:
+    """Vision keys without `vision_model.` and a head called `lm_head`, as transformers has them."""
     folder = tmp_path / "flat"
-    shutil.copytree(hf_files.whole(family), folder)
+    shutil.copytree(files.whole(family), folder)
     state = {
         name.replace("vision_encoder.vision_model.", "vision_encoder.").replace(
             ".embed_out.", ".lm_head."
@@ -288,13 +296,13 @@ def test_names_of_a_state_dict_in_memory(hf_files: Files, family: str, tmp_path:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     model = load(folder)
     model.save_pretrained(tmp_path / "saved")
-    assert facts_at(tmp_path / "saved") == facts_once(hf_files.whole(family), family)
+    assert facts_at(tmp_path / "saved") == facts_once(files.whole(family), family)
 
 
-def test_a_save_over_an_earlier_one(hf_files: Files, tmp_path: Path) -> None:
+def test_a_save_over_an_earlier_one(files: Files, tmp_path: Path) -> None:
     """transformers leaves the file that it would load next time."""
-    model = load(hf_files.whole("gpt_neox"))
-    wanted = facts_at(hf_files.whole("gpt_neox"))
+    model = load(files.whole("gpt_neox"))
+    wanted = facts_at(files.whole("gpt_neox"))
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         model.perceiver.latents.add_(1)
@@ -315,8 +323,8 @@ def test_a_save_over_an_earlier_one(hf_files: Files, tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path).perceiver.latents, model.perceiver.latents)
 
 
-def test_dtype(hf_files: Files, tmp_path: Path) -> None:
-    folder = hf_files.whole("llama")
+def test_dtype(files: Files, tmp_path: Path) -> None:
+    folder = files.whole("llama")
     model = load(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16
@@ -332,8 +340,8 @@ def test_dtype(hf_files: Files, tmp_path: Path) -> None:
 
 
 @each_family
-def test_the_config_goes_round(hf_files: Files, family: str, tmp_path: Path) -> None:
-    config = FlamingoConfig.from_pretrained(hf_files.whole(family), **TOKENS)
+def test_the_config_goes_round(files: Files, family: str, tmp_path: Path) -> None:
+    config = FlamingoConfig.from_pretrained(files.whole(family), **TOKENS)
     again = FlamingoConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
     assert again.to_dict() == config.to_dict()
     config.save_pretrained(tmp_path)
@@ -346,8 +354,8 @@ def test_the_config_goes_round(hf_files: Files, family: str, tmp_path: Path) -> 
     assert model.generation_config.eos_token_id == EOC_TOKEN
 
 
-def test_where_generation_ends_is_saved(hf_files: Files, tmp_path: Path) -> None:
-    model = load(hf_files.whole("opt"))
+def test_where_generation_ends_is_saved(files: Files, tmp_path: Path) -> None:
+    model = load(files.whole("opt"))
     assert model.generation_config.eos_token_id == EOC_TOKEN
     model.save_pretrained(tmp_path)
     assert load(tmp_path).generation_config.eos_token_id == EOC_TOKEN
@@ -357,17 +365,17 @@ def test_where_generation_ends_is_saved(hf_files: Files, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
-def test_device_map(hf_files: Files, device_map: str) -> None:
-    model = load(hf_files.whole("llama"), device_map=device_map)
+def test_device_map(files: Files, device_map: str) -> None:
+    model = load(files.whole("llama"), device_map=device_map)
     inputs = batch("llama", dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, load(hf_files.whole("llama"))(**inputs).logits)
+        assert torch.equal(model(**inputs).logits, load(files.whole("llama"))(**inputs).logits)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mpt1b"])
-def test_a_model_in_two_places(hf_files: Files, family: str, tmp_path: Path) -> None:
+def test_a_model_in_two_places(files: Files, family: str, tmp_path: Path) -> None:
     """Half of the layers on disk: no decoder layer is parted from its gated block."""
-    folder = hf_files.whole(family)
+    folder = files.whole(family)
     path = zoo.FAMILIES[family][0]
     whole = load(folder)
     names = [name for name, _ in whole.named_children() if name != "lang_encoder"]
@@ -392,10 +400,10 @@ def test_a_model_in_two_places(hf_files: Files, family: str, tmp_path: Path) -> 
     assert facts_at(tmp_path / "saved") == facts_at(folder)
 
 
-def test_device_map_without_accelerate(hf_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_map_without_accelerate(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
     with pytest.raises(CkptError, match="`device_map` needs accelerate") as caught:
-        load(hf_files.whole("llama"), device_map="auto")
+        load(files.whole("llama"), device_map="auto")
     assert caught.value.code == "FC466"
     assert "pip install flamingo-ckpt[accelerate]" in str(caught.value.hint)
 
@@ -433,17 +441,17 @@ print(texts[0].shape[1] > 4)
 """
 
 
-def test_as_a_user_would(hf_files: Files, tmp_path: Path) -> None:
-    done = python(_AS_A_USER, hf_files.whole("gpt_neox"), tmp_path / "out")
+def test_as_a_user_would(files: Files, tmp_path: Path) -> None:
+    done = python(_AS_A_USER, files.whole("gpt_neox"), tmp_path / "out")
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_nothing_is_registered_before_it_is_asked_for(hf_files: Files) -> None:
+def test_nothing_is_registered_before_it_is_asked_for(files: Files) -> None:
     done = python(
         "import sys, flamingo_ckpt, flamingo_ckpt.models\n"
         "flamingo_ckpt.models.load_config(sys.argv[1])\n"
         "from transformers import CONFIG_MAPPING\n"
         "print('flamingo' in CONFIG_MAPPING, 'otter' in CONFIG_MAPPING)",
-        hf_files.whole("opt"),
+        files.whole("opt"),
     )
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr

@@ -89,6 +89,7 @@ def test_cached_images(family: str) -> None:
     arguments = {"lang_x": more, "attention_mask": torch.ones_like(more)}
     with torch.no_grad():
         wanted = upstream(vision_x=None, **arguments, clear_conditioned_layers=False).logits
+        upstream.uncache_media()  # it is shared with other tests
         assert torch.equal(model(vision_x=None, **arguments).logits, wanted)
         # the images stay until they are given up
         assert torch.equal(model(vision_x=None, **arguments).logits, wanted)

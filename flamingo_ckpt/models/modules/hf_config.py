@@ -25,7 +25,7 @@ MODEL_TYPES = ("flamingo", "otter")
 _NOT_FIELDS = ("model_type", "auto_map", "transformers_version", "_name_or_path", "torch_dtype")
 
 
-class FlamingoConfig(PretrainedConfig):
+class FlamingoConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """What a `FlamingoForConditionalGeneration` is made of.
 
     The fields are read and completed when a model is made (`load_config` tells the same before).
@@ -78,11 +78,12 @@ class FlamingoConfig(PretrainedConfig):
             setattr(self, name, default if given is None else given)
         _check_weights(kwargs.get("transformers_weights"))
         tied = kwargs.pop("tie_word_embeddings", None)
-        self.vision_config = _vision_config(vision_config)
-        self.text_config = _text_config(text_config, decoder_layers_attr_name, tied)
+        self.vision_config: Any = _vision_config(vision_config)
+        self.text_config: Any = _text_config(text_config, decoder_layers_attr_name, tied)
         # The language model's own word, or its class's: this one is for whoever reads the file.
         tied = getattr(self.text_config, "tie_word_embeddings", tied)
-        super().__init__(**kwargs, tie_word_embeddings=bool(tied))
+        kwargs["tie_word_embeddings"] = bool(tied)
+        super().__init__(**kwargs)
 
     @classmethod
     def get_config_dict(
@@ -95,7 +96,7 @@ class FlamingoConfig(PretrainedConfig):
         return found, unused
 
 
-class OtterConfig(FlamingoConfig):
+class OtterConfig(FlamingoConfig):  # type: ignore[no-untyped-call]
     """What an `OtterForConditionalGeneration` is made of: a `FlamingoConfig` by another name."""
 
     model_type = "otter"

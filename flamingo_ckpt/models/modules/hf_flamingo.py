@@ -1,8 +1,8 @@
 """The Hugging Face ports of Flamingo, as classes of transformers.
 
 Their modules are named as in the published folders (`luodian/OTTER-*`, `luodian/openflamingo-*`)
-and in those of `flamingo-ckpt convert --to hf-flamingo`; they compute what `Flamingo` does.
-Importing this module makes them known to `AutoConfig`, `AutoModel` and `AutoModelForImageTextToText`.
+and in those of `flamingo-ckpt convert --to hf-flamingo`; they compute what `Flamingo` does. Importing
+this module makes them known to `AutoConfig`, `AutoModel` and `AutoModelForImageTextToText`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
     CLIPVisionModel,
     GenerationMixin,
     PretrainedConfig,
@@ -33,9 +34,11 @@ from flamingo_ckpt.models.modules.conditioning import (
     FlamingoLayer,
     insert_cross_attention,
 )
+from flamingo_ckpt.models.modules.cross_attention import MaskedCrossAttention
 from flamingo_ckpt.models.modules.hf_config import FlamingoConfig, OtterConfig
 from flamingo_ckpt.models.modules.hf_pretrained import FlamingoPreTrainedModel
 from flamingo_ckpt.models.modules.mosaic_gpt import MosaicGPT, MosaicGPTConfig
+from flamingo_ckpt.models.modules.perceiver import PerceiverAttention
 
 
 class VisionEncoder(nn.Module):
@@ -50,7 +53,9 @@ class VisionEncoder(nn.Module):
         return self.vision_model(pixel_values, **kwargs)
 
 
-class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, GenerationMixin):
+class FlamingoForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
+    FlamingoPreTrainedModel, FlamingoBase, GenerationMixin
+):
     """A Flamingo under the names of the published Hugging Face folders.
 
     Called in the ports' style, `model(vision_x=..., lang_x=..., attention_mask=...)`, or in
@@ -75,6 +80,9 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         torch.Size([1, 3, 32])
     """
 
+    lang_encoder: Any
+    vision_encoder: Any
+
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__(config)
         checked = parse_config(config.to_dict(), config.name_or_path or type(config).__name__)
@@ -98,7 +106,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         self.vision_encoder = _vision_encoder(config.vision_config)
         self.perceiver = resampler(data, paired=False, attn_implementation=attention)
         self._end_at_eoc()
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def media_token_id(self) -> int | None:
@@ -110,7 +118,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         self.conditioning.media_token_id = self.config.media_token_id = value
 
     @property
-    def eoc_token_id(self) -> int | None:  # type: ignore[override]
+    def eoc_token_id(self) -> int | None:
         """The token that ends a chunk, also the config's; generation stops at it."""
         token: int | None = self.config.eoc_token_id
         return token
@@ -222,18 +230,21 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
             kwargs.setdefault("use_cache", True)
         self._check_media_token()
         with torch.no_grad(), self.looking_at(vision_x), self._generating():
-            return super().generate(input_ids=lang_x, attention_mask=attention_mask, **kwargs)
+            parent: Any = super()
+            return parent.generate(input_ids=lang_x, attention_mask=attention_mask, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """As transformers'; the whole text tells the gated blocks where in it a step is."""
         self.conditioning.announce(input_ids)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As transformers'; without a `generation_config.json` it ends where the config says."""
-        super().adjust_generation_fn(*args, **kwargs)
+        parent: Any = super()
+        parent.adjust_generation_fn(*args, **kwargs)
         if self.generation_config._from_model_config:
             self._end_at_eoc()
 
@@ -249,7 +260,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         own = "sdpa" if self.config._attn_implementation == "sdpa" else "eager"
         for part in self._own_parts():
             for module in part.modules():
-                if hasattr(module, "attn_implementation"):
+                if isinstance(module, PerceiverAttention | MaskedCrossAttention):
                     module.attn_implementation = own
 
     def get_input_embeddings(self) -> Any:
@@ -295,14 +306,13 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoBase, Ge
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         self.use_gradient_checkpointing(enable)
         for module in self.lang_encoder.modules():
-            # Its wrapper computes it anew together with its gated block: once is enough.
-            if isinstance(module, FlamingoLayer) and hasattr(
-                module.decoder_layer, "gradient_checkpointing"
-            ):
-                module.decoder_layer.gradient_checkpointing = False
+            if isinstance(module, FlamingoLayer):
+                # The wrapper computes it anew together with its gated block: once is enough.
+                decoder: Any = module.decoder_layer
+                decoder.gradient_checkpointing = False
 
 
-class OtterForConditionalGeneration(FlamingoForConditionalGeneration):
+class OtterForConditionalGeneration(FlamingoForConditionalGeneration):  # type: ignore[no-untyped-call]
     """A `FlamingoForConditionalGeneration` by the name that Otter's folders have."""
 
     config_class = OtterConfig
@@ -335,7 +345,7 @@ def _language_model(config: PretrainedConfig) -> Any:
     return kind(config)
 
 
-def _vision_encoder(config: PretrainedConfig) -> nn.Module:
+def _vision_encoder(config: CLIPVisionConfig) -> nn.Module:
     tower = CLIPVisionModel(config)
     return tower if hasattr(tower, "vision_model") else VisionEncoder(tower)
 

@@ -32,12 +32,12 @@ _HEAD_IN_FILES = "lang_encoder.embed_out."
 _HEAD = "lang_encoder.lm_head."
 
 
-class FlamingoPreTrainedModel(PreTrainedModel):
+class FlamingoPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the ports share that is not arithmetic: names, initial values, loading, saving."""
 
-    config_class = FlamingoConfig
+    config_class: type[FlamingoConfig] = FlamingoConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     #: `from_pretrained(device_map=...)` keeps these in one place each.
@@ -80,7 +80,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             for part in self._own_parts():
                 for module in part.modules():
                     self._initialize_weights(module)
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[no-untyped-call]
 
     def _own_parts(self) -> Iterator[nn.Module]:
         yield from (
@@ -90,7 +90,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
@@ -118,7 +118,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         where = str(pretrained_model_name_or_path)
         _check_arguments(where, kwargs)
         mapping = {**(kwargs.pop("key_mapping", None) or {}), **_names_in_memory()}
-        model, info = super().from_pretrained(
+        load: Any = super().from_pretrained
+        model, info = load(
             pretrained_model_name_or_path,
             *model_args,
             output_loading_info=True,
@@ -141,7 +142,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         """Write the folder under the published names, the same for every object.
@@ -153,15 +155,16 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             save_directory: the folder; made where there is none.
             is_main_process: whether this process writes.
             state_dict: what to write instead of the model's own.
+            *args: transformers' own.
             **kwargs: transformers' own (`max_shard_size`, `variant`, ...).
         """
         if _is_offloaded(self):  # the tensors come back under the names in memory
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         else:
             tensors = self.state_dict() if state_dict is None else state_dict
             named = _names_in_files(tensors, self.all_tied_weights_keys)
             kwargs["save_original_format"] = False
-            super().save_pretrained(save_directory, is_main_process, named, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, named, *args, **kwargs)
         if is_main_process:
             _remove_stale(os.fspath(save_directory), kwargs.get("variant"))
 
