@@ -107,23 +107,29 @@ def _load_checkpoint(*, device: str) -> Setup:
 # --- PaliGemma ------------------------------------------------------------------------------------
 
 
-def _load_hf_model(path: str) -> Callable[[], Loaded]:
-    _import_paligemma()
-    from flamingo_ckpt.loading import load_hf_model
+def _load_hf_model(dtype: str | None = None) -> Setup:
+    def setup(path: str) -> Callable[[], Loaded]:
+        _import_paligemma()
+        from flamingo_ckpt.loading import load_hf_model
 
-    return lambda: load_hf_model(path, "cpu")[0]
+        return lambda: load_hf_model(path, "cpu", dtype=dtype)[0]
+
+    return setup
 
 
-def _from_pretrained(path: str) -> Callable[[], Loaded]:
-    _import_paligemma()
-    from transformers import AutoTokenizer, PaliGemmaForConditionalGeneration
+def _from_pretrained(dtype: str = "auto") -> Setup:
+    def setup(path: str) -> Callable[[], Loaded]:
+        _import_paligemma()
+        from transformers import AutoTokenizer, PaliGemmaForConditionalGeneration
 
-    def load() -> Loaded:
-        model = PaliGemmaForConditionalGeneration.from_pretrained(path)
-        AutoTokenizer.from_pretrained(path, padding_side="right")
-        return model
+        def load() -> Loaded:
+            model = PaliGemmaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            AutoTokenizer.from_pretrained(path, padding_side="right")
+            return model
 
-    return load
+        return load
+
+    return setup
 
 
 def _import_paligemma() -> None:
@@ -153,8 +159,10 @@ CASES: dict[str, Setup] = {
     "st-ours": _load_checkpoint(device="cpu"),
     "st-meta-file": _load_file(device="meta"),
     "st-meta-ours": _load_checkpoint(device="meta"),
-    "hf-from-pretrained": _from_pretrained,
-    "hf-ours": _load_hf_model,
+    "hf-from-pretrained": _from_pretrained(),
+    "hf-ours": _load_hf_model(),
+    "hf-bf16-from-pretrained": _from_pretrained("bfloat16"),
+    "hf-bf16-ours": _load_hf_model("bfloat16"),
 }
 
 

@@ -52,6 +52,7 @@ _PT_META = "`.pt` into a model on meta"
 _ST_THERE = "`.safetensors` into a model that is there"
 _ST_META = "`.safetensors` into a model on meta"
 _HF = "PaliGemma folder: model and tokenizer"
+_HF_BF16 = "The same, cast to bfloat16"
 
 WAYS = (
     Way("pt-torch", "`torch.load`, `load_state_dict`", "pt", _PT_THERE, 2.1),
@@ -72,6 +73,8 @@ WAYS = (
     Way("st-meta-ours", "`load_checkpoint`", "st", _ST_META, 0.1),
     Way("hf-from-pretrained", "`from_pretrained`", "hf", _HF, 1.1),
     Way("hf-ours", "`load_hf_model`", "hf", _HF, 0.1),
+    Way("hf-bf16-from-pretrained", '`from_pretrained(dtype="bfloat16")`', "hf", _HF_BF16, 0.6),
+    Way("hf-bf16-ours", '`load_hf_model(dtype="bfloat16")`', "hf", _HF_BF16, 0.6),
 )
 BASELINES = {way.group: way for way in reversed(WAYS)}
 #: What everything is also compared with.
@@ -125,7 +128,7 @@ class Bench:
         run = timed([*argv, "--memory"] if memory else argv)
         with open(self.result) as file:
             result: dict[str, Any] = json.load(file)
-        kind = "hf" if way.source == "hf" else "weights"
+        kind = way.group if way.source == "hf" else "weights"
         if self.checksums.setdefault(kind, result["checksum"]) != result.pop("checksum"):
             raise SystemExit(f"{way.name} loaded other weights than the ways before it")
         return {**result, "other_cores": round(run.other_cpu / run.wall, 3)}
@@ -159,6 +162,8 @@ def summarise(rows: list[dict[str, Any]], ways: list[Way]) -> list[dict[str, Any
     summary = []
     for way in ways:
         mine = [row for row in counted if row["name"] == way.name]
+        if not mine:
+            continue  # stopped before it ran
         entry: dict[str, Any] = {"name": way.name, "title": way.title, "group": way.group}
         entry |= {"rounds": len(mine), "disturbed": sum(row["disturbed"] for row in mine)}
         for key in ("loaded", "touched"):
@@ -201,8 +206,8 @@ def times_table(summary: list[dict[str, Any]]) -> str:
             group = row["group"]
             lines.append(f"| **{group}** | | | | | | |")
         slow = row["loaded_ratio_slow"]
-        is_ours = row["name"].endswith("ours") and slow is not None and group != _HF
-        times = f"{1 / slow['median']:.1f}" if is_ours else ""
+        is_ours = row["name"].endswith("ours") and group not in (_HF, _HF_BF16)
+        times = f"{1 / slow['median']:.1f}" if is_ours and slow is not None else ""
         lines.append(
             f"| {row['title']} | {_show(row['loaded'])} | {_show(row['touched'])} "
             f"| {_show(row['loaded_ratio_group'])} | {_show(row['touched_ratio_group'])} "

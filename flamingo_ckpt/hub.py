@@ -160,7 +160,8 @@ def _guarded(call: Callable[[], _T], ask: _Ask) -> _T:
     except CkptError:
         raise
     except Exception as error:  # of huggingface_hub, its HTTP library and the file system
-        raise _translated(error, ask) from _cause(error)
+        failure, cause = _translated(error, ask), _cause(error)
+    raise failure from cause  # out here, where no error of HTTP is around to be its context
 
 
 def _cause(error: Exception) -> Exception | None:

@@ -138,6 +138,11 @@ def mask_labels(
 
     Returns:
         `[batch, tokens]`, a new tensor.
+
+    >>> import torch
+    >>> page = torch.tensor([[7, 99, 8, 98, 9]])
+    >>> mask_labels(page, media_token_id=99, eoc_token_id=98).tolist()
+    [[-100, -100, 8, 98, -100]]
     """
     ignored = lang_x == media_token_id
     if pad_token_id is not None:

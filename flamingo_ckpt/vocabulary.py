@@ -88,8 +88,7 @@ def fit_rows(
     lead = found[own[0]] if own else next(iter(found.values()))
     wanted = lead.shape[0] if rows.wanted is None else rows.wanted
     if rows.wanted is None and rows.pads:
-        # its PaliGemma conversion makes room for two tokens and fills up to a multiple
-        wanted = -(-(lead.shape[0] + 2) // _PADDING) * _PADDING
+        wanted = padded_rows(lead.shape[0])
     if rows.is_remembered and not 0 < wanted <= 2 * lead.shape[0] + _MAX_NEW_ROWS:
         raise CkptError(
             f"the metadata says that the vocabulary had {wanted} rows, and it has {lead.shape[0]}",
@@ -111,7 +110,7 @@ def fit_rows(
             continue
         if wanted < have and rows.must_be_zero and canonical not in supplied:
             zeros.append(_rows(tensor, wanted, have - wanted))
-        changed[tensor.name] = _resized(tensor, wanted)
+        changed[tensor.name] = with_rows(tensor, wanted)
         findings.append(_finding(tensor, wanted, rows, canonical in supplied))
         if wanted > have and canonical in supplied:
             zero_rows.append(f"{tensor.name}:{have}-{wanted - 1}")
@@ -143,7 +142,16 @@ def _rows(tensor: Assembled, start: int, length: int) -> TensorInfo:
     return replace(piece, view=piece.view.narrow(start, length)).as_tensor(tensor.name)
 
 
-def _resized(tensor: Assembled, rows: int) -> Assembled:
+def padded_rows(rows: int) -> int:
+    """Rows of a vocabulary as transformers' conversion of PaliGemma pads it.
+
+    It makes room for two tokens and fills up to a multiple.
+    """
+    return -(-(rows + 2) // _PADDING) * _PADDING
+
+
+def with_rows(tensor: Assembled, rows: int) -> Assembled:
+    """The first rows of a tensor, or all of them and then zeros."""
     (piece,) = tensor.pieces
     have, rest = tensor.shape[0], tensor.shape[1:]
     if rows <= have:

@@ -28,6 +28,10 @@ def _importable_oracles() -> None:
     from flamingo_ckpt.models.torchvision_compat import import_torchvision
 
     import_torchvision()
+    import torch
+
+    # Threads wait for each other over a tiny model, and the order of a sum depends on them.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

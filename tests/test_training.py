@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixtures.make_training_checkpoint import _process_group as one_process
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.training import (
     IGNORED,
@@ -18,10 +19,7 @@ from flamingo_ckpt.training import (
     train_step,
 )
 from tests import training_support as support
-from tests.training_support import one_thread
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
-
-__all__ = ["one_thread"]
 
 PAD = 1
 
@@ -269,3 +267,13 @@ def test_what_is_no_step_is_refused() -> None:
         with pytest.raises(CkptError, match=message) as caught:
             train_step(model, run, given_sources)
         assert caught.value.code == "FC464"
+
+
+def test_below_ddp_it_is_the_same_step() -> None:
+    plain, wrapped = support.flamingo(), support.flamingo()
+    expected = support.steps(plain, support.optimizer(plain), range(2))
+    with one_process():
+        ddp = torch.nn.parallel.DistributedDataParallel(wrapped)
+        assert support.steps(ddp, support.optimizer(ddp), range(2)) == expected
+    for (name, a), (_, b) in zip(plain.named_parameters(), wrapped.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -12,9 +12,6 @@ from tests import training_support as support
 from tests import zoo
 from tests.layout_support import Files, assert_same, carried, metadata
 from tests.support import cli, cli_ok, facts_at, torch_facts
-from tests.training_support import one_thread
-
-__all__ = ["one_thread"]
 
 
 def finish(path: Path, family: str, tmp_path: Path) -> None:

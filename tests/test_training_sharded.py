@@ -18,9 +18,6 @@ from flamingo_ckpt.training import train_step
 from tests import training_support as support
 from tests.support import load_torch, torch_facts
 from tests.test_training_end_to_end import finish
-from tests.training_support import one_thread
-
-__all__ = ["one_thread"]
 
 SIZE = 2
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 
 from flamingo_ckpt.models import build
@@ -18,15 +17,6 @@ from tests.zoo_lms import WORDS, seeded
 Batch = dict[str, torch.Tensor]
 #: Of the zoo's models: small, with a gated block before every decoder layer.
 OPTIONS = {"layers": 2, "every_n": 1, "perceiver_depth": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with more; import it where they are trained."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def flamingo(family: str = "llama", *, device: str = "cpu", checkpointing: bool = False) -> Any:

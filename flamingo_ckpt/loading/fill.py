@@ -12,19 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.formats.checksum import crc32
-from flamingo_ckpt.formats.extract import BLOCK_BYTES, check_crc
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.loading.mapped import MappedFiles
 from flamingo_ckpt.loading.match import Load
 from flamingo_ckpt.loading.memory_source import bytes_of
 from flamingo_ckpt.loading.options import LoadOptions
 from flamingo_ckpt.loading.resize import Resized, resize_table
 from flamingo_ckpt.loading.targets import Target, is_distributed
-from flamingo_ckpt.plan import Step
 from flamingo_ckpt.stream import (
     Derived,
     check_storages,
-    covers,
     derive,
     run_tasks,
     unchecked_storages,
@@ -47,8 +44,9 @@ class Filled:
     new: dict[int, torch.Tensor] = field(default_factory=dict)
     num_mapped: int = 0
 
-    def put(self, target: Target, new: torch.Tensor) -> None:
+    def put(self, target: Target, new: torch.Tensor, *, is_mapped: bool = False) -> None:
         """One new tensor for every object that was the old one."""
+        self.num_mapped += is_mapped
         one = _like(new, target)
         self.new |= {id(old): one for old in target.tensors}
 
@@ -70,7 +68,11 @@ def dtype_of_new(load: Load, options: LoadOptions) -> DType:
         return load.step.dtype
     name = str(wanted).removeprefix("torch.")
     if name not in TORCH_DTYPES or not getattr(torch, name).is_floating_point:
-        raise ValueError(f"{wanted!r} is no floating-point dtype")
+        raise CkptError(
+            f"`{wanted}` is no floating-point dtype",
+            code="FC305",
+            hint="dtype= takes one of torch's, its name, or `keep`",
+        )
     return TORCH_DTYPES[name]
 
 
@@ -88,30 +90,31 @@ def fill(
     """
     import torch
 
-    filled, maps, lock = Filled(), MappedFiles(), threading.Lock()
+    filled, reader = Filled(), _Reader()
     check_storages(unchecked_storages([load.step for load in loads]), lambda _: None)
 
     def work(load: Load, buffer: bytearray, _stop: threading.Event) -> None:
         target = load.target
         change = resized.get(target.key)
         if not becomes_new(target, options):
-            _into(target.tensor.detach(), load, change, buffer, lock)
+            reader.fill(target.tensor.detach(), load, change, buffer)
             return
         dtype = _torch_dtype(dtype_of_new(load, options))
         device = torch.device(options.device or "cpu")
-        new = None
+        new, is_mapped = None, False
         if is_distributed(target.tensor):
-            new = _distributed(target.tensor, _staged(load, change, buffer, lock), dtype)
+            with reader.lock:
+                new = _distributed(target.tensor, reader.whole(load, change, buffer), dtype)
         elif change is None and device.type == "cpu" and dtype is _torch_dtype(load.step.dtype):
-            new = maps.tensor(load.step, target.shape, dtype)
+            new = reader.mapped(load, target.shape)
+            is_mapped = new is not None
         if new is None:
             new = torch.empty(target.shape, dtype=dtype, device=device)
-            _into(new, load, change, buffer, lock)
-        with lock:
-            filled.put(target, new)
+            reader.fill(new, load, change, buffer)
+        with reader.lock:
+            filled.put(target, new, is_mapped=is_mapped)
 
     run_tasks(sorted(loads, key=lambda load: -load.step.num_bytes), work)
-    filled.num_mapped = maps.num_tensors
     for target in zeros:
         if becomes_new(target, options):
             new = torch.zeros(target.shape, dtype=target.tensor.dtype, device=options.device)
@@ -123,28 +126,51 @@ def fill(
     return filled
 
 
-def _into(
-    dest: torch.Tensor,
-    load: Load,
-    change: Resized | None,
-    buffer: bytearray,
-    lock: threading.Lock,
-) -> None:
-    """Fill a tensor that is there."""
-    import torch
+class _Reader:
+    """Gives the file's tensors; what has to be put together in memory, one at a time."""
 
-    with torch.inference_mode(dest.is_inference()):
-        if is_distributed(dest):
-            local: Any = _distributed(dest, _staged(load, change, buffer, lock), dest.dtype)
-            parts: Any = dest
-            parts.to_local().copy_(local.to_local())
-        elif change is None and dest.device.type == "cpu" and _is_plain(dest):
-            _stream(dest.view(-1), load, buffer)
-        else:
-            dest.copy_(_staged(load, change, buffer, lock).view(dest.shape))
+    def __init__(self) -> None:
+        self._maps = MappedFiles()
+        self.lock = threading.Lock()
+
+    def mapped(self, load: Load, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The tensor over the file's own bytes; None where it is not there as it lies."""
+        return self._maps.tensor(load.step, shape, _torch_dtype(load.step.dtype))
+
+    def fill(
+        self, dest: torch.Tensor, load: Load, change: Resized | None, buffer: bytearray
+    ) -> None:
+        """Fill a tensor that is there."""
+        import torch
+
+        with torch.inference_mode(dest.is_inference()):
+            if change is None and _is_plain(dest):
+                _stream(dest.view(-1), load, buffer)
+                return
+            with self.lock:
+                whole = self.whole(load, change, buffer)
+                if is_distributed(dest):
+                    local: Any = _distributed(dest, whole, dest.dtype)
+                    parts: Any = dest
+                    parts.to_local().copy_(local.to_local())
+                else:
+                    dest.copy_(whole.view(dest.shape))
+
+    def whole(self, load: Load, change: Resized | None, buffer: bytearray) -> torch.Tensor:
+        """A tensor of the file on the CPU, in the file's dtype: mapped, or put together."""
+        import torch
+
+        tensor = self.mapped(load, load.step.shape)
+        if tensor is None:
+            tensor = torch.empty(load.step.shape, dtype=_torch_dtype(load.step.dtype))
+            _stream(tensor.view(-1), load, buffer)
+        return tensor if change is None else resize_table(tensor, change)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes lie in this process's memory, one after the other."""
+    if is_distributed(tensor) or tensor.device.type != "cpu":
+        return False
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
@@ -155,7 +181,10 @@ def _stream(flat: torch.Tensor, load: Load, buffer: bytearray) -> None:
     src = _torch_dtype(load.step.dtype)
     if src is flat.dtype:
         flat, src = flat.view(torch.uint8), torch.uint8
-        if _read_whole(flat, load.step):
+        if load.step.is_copy:
+            flat[:0].zero_()  # autograd counts changes, and does not see the ones below
+            for _ in derive(load.step, buffer, Derived(), into=bytes_of(flat)):
+                pass
             return
     at = 0
     for block in derive(load.step, buffer, Derived()):
@@ -163,44 +192,6 @@ def _stream(flat: torch.Tensor, load: Load, buffer: bytearray) -> None:
         values = torch.frombuffer(bytearray(block) if block.readonly else block, dtype=src)
         flat[at : at + len(values)].copy_(values)
         at += len(values)
-
-
-def _read_whole(flat: torch.Tensor, step: Step) -> bool:
-    """The file's own bytes into a tensor's memory, without a stop in between.
-
-    Returns:
-        Whether that was possible: the bytes lie in one run, and are the tensor's as they lie.
-    """
-    storage = step.runs[0].storage
-    if not step.is_copy or storage is None:
-        return False
-    run = step.runs[0]
-    checked = storage.crc32 is not None and covers(run)
-    if checked and run.offset_bytes:
-        return False  # the checksum begins with bytes that are not the tensor's
-    source, base = storage.locate()
-    memory, crc = bytes_of(flat), 0
-    for at in range(0, len(memory), BLOCK_BYTES):
-        block = memory[at : at + BLOCK_BYTES]
-        source.read_into(base + run.offset_bytes + at, block)
-        crc = crc32(block, crc) if checked else 0
-    if checked:
-        assert storage.crc32 is not None
-        check_crc(storage.crc32, crc, storage.where)
-    flat[:0].zero_()  # autograd counts changes, and has not seen this one
-    return True
-
-
-def _staged(
-    load: Load, change: Resized | None, buffer: bytearray, lock: threading.Lock
-) -> torch.Tensor:
-    """A tensor of the file in memory, in the file's dtype; one at a time."""
-    import torch
-
-    with lock:
-        tensor = torch.empty(load.step.shape, dtype=_torch_dtype(load.step.dtype))
-        _stream(tensor.view(-1), load, buffer)
-        return tensor if change is None else resize_table(tensor, change)
 
 
 def _distributed(like: Any, full: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

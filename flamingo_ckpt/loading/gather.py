@@ -1,8 +1,9 @@
 """Tensors that several processes hold in parts, gathered one after the other for one writer.
 
 The writer asks for tensors in whatever order it writes; the other processes are told which one, and
-take part in gathering it, until the writer says that it is done or has failed. What goes between
-the processes are numbers and text, never pickled objects.
+take part in gathering it, until the writer says that it is done or has failed. The writer keeps as
+many whole tensors as it has threads that write, the others keep none. What goes between the
+processes are numbers and text, never pickled objects.
 """
 
 from __future__ import annotations

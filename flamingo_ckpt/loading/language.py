@@ -140,10 +140,13 @@ def _take_generation_config(module: Any, folder: str, data: Mapping[str, Any]) -
     """What `generate` goes by, as `from_pretrained` takes it from a folder."""
     from transformers import GenerationConfig
 
+    from flamingo_ckpt.models.config import read_json
+
     if getattr(module, "generation_config", None) is None:
         return
-    if os.path.isfile(os.path.join(folder, "generation_config.json")):
-        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    path = os.path.join(folder, "generation_config.json")
+    if os.path.isfile(path):
+        module.generation_config = GenerationConfig.from_dict(read_json(path))
         return
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(data.get(name), int):

@@ -23,14 +23,9 @@ if TYPE_CHECKING:
 
 
 class MappedFiles:
-    """The files of one load, each mapped once.
-
-    Attributes:
-        num_tensors: how many lie in a map.
-    """
+    """The files of one load, each mapped once."""
 
     def __init__(self) -> None:
-        self.num_tensors = 0
         self._maps: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
 
@@ -54,7 +49,6 @@ class MappedFiles:
             if held is None:
                 held = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._maps[id(source)] = held
-            self.num_tensors += 1
         if start + run.num_bytes > len(held):
             return None
         _check(run, memoryview(held)[base : base + run.storage.num_bytes])

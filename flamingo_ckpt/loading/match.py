@@ -13,7 +13,7 @@ from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.layouts.axes import AxesError
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import group_of
-from flamingo_ckpt.layouts.mapping import Reading, joined, read_atoms
+from flamingo_ckpt.layouts.mapping import Assembled, Reading, joined, read_atoms
 from flamingo_ckpt.layouts.refit import assemble_one
 from flamingo_ckpt.layouts.registry import LAYOUTS, layout_named
 from flamingo_ckpt.layouts.rules import Table
@@ -22,6 +22,7 @@ from flamingo_ckpt.loading.targets import Target
 from flamingo_ckpt.plan import Step
 from flamingo_ckpt.selection import Chosen
 from flamingo_ckpt.tensors import TensorInfo
+from flamingo_ckpt.vocabulary import EMBED, padded_rows, with_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Matching:
         missing: tensors of the module that the file has nothing for.
         unexpected: keys of the file, as stored, that the module has no place for.
         faults: key of the module -> why it cannot be made although parts of it are there.
+        padding: key of the module -> its rows that are padding, and zero.
         aliases: key of the file -> the key that holds the same tensor.
         ignored: key of the file -> why it may be left out.
         equal: pairs that must hold the same bits: two names of one tensor.
@@ -62,6 +64,7 @@ class Matching:
     missing: tuple[Target, ...]
     unexpected: tuple[str, ...] = ()
     faults: Mapping[str, str] = field(default_factory=dict)
+    padding: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     equal: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
@@ -237,6 +240,7 @@ class _Pairing:
         self._used: set[str] = set()
         self._equal: list[tuple[TensorInfo, TensorInfo]] = []
         self._faults: dict[str, str] = {}
+        self._padding: dict[str, str] = {}
 
     def pair(self, target: Target) -> None:
         """Find what goes into one tensor of the module."""
@@ -266,6 +270,7 @@ class _Pairing:
                 self._faults[target.key] = str(error)
                 self._missing.append(target)
                 return
+            one = self._padded(one, target)
             self._atoms.update(wanted)
             runs.append(joined(one.pieces, target.name))
             if at == 0:
@@ -283,6 +288,20 @@ class _Pairing:
             for first, second in zip(runs[0], further, strict=False):
                 if first.identity != second.identity:
                     self._equal.append((first, second))
+
+    def _padded(self, one: Assembled, target: Target) -> Assembled:
+        """Google's vocabulary ends with the last token, transformers' with rows that nobody uses.
+
+        Rows beyond those that its own conversion adds are more than padding, and not made up.
+        """
+        ends = [side.detection.layout.ends_with_tokens for side in (self._file, self._model)]
+        if one.canonical != (EMBED,) or ends != [True, False] or not target.shape:
+            return one
+        rows = target.shape[0]
+        if rows != padded_rows(one.shape[0]):
+            return one
+        self._padding[target.key] = f"rows {one.shape[0]} to {rows - 1}, which are padding"
+        return with_rows(one, rows)
 
     def _take_by_name(self, target: Target) -> None:
         """Names that a table cannot carry go by themselves."""
@@ -333,6 +352,7 @@ class _Pairing:
             missing=tuple(self._missing),
             unexpected=tuple(sorted(unexpected, key=lambda key: order[key])),
             faults=self._faults,
+            padding=self._padding,
             aliases=aliases,
             ignored=ignored,
             equal=(*self._equal, *twins),

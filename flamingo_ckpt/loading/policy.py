@@ -123,7 +123,7 @@ def _sort(
     tensors: Mapping[str, TensorInfo],
     options: LoadOptions,
 ) -> _Sorted:
-    found = _Sorted(ignored=dict(matching.ignored))
+    found = _Sorted(ignored=dict(matching.ignored), zeros=dict(matching.padding))
     loaded = {name for load in matching.loads for name in load.target.names}
     absent = absent_by_design(matching, targets) if options.policy == "partial" else {}
     for target in matching.missing:

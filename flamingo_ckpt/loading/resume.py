@@ -17,7 +17,6 @@ from flamingo_ckpt.loading.optimizer_state import fitted_groups, fitted_state
 from flamingo_ckpt.loading.trained import choose, unwrapped
 from flamingo_ckpt.loading.training_values import (
     EPOCH_KEY,
-    MODEL_KEY,
     NAMES_KEY,
     OPTIMIZER_KEY,
     SCHEDULER_KEY,
@@ -99,7 +98,7 @@ def load_training_state(
     for key, given in ((OPTIMIZER_KEY, optimizer), (SCHEDULER_KEY, lr_scheduler)):
         if key in values and given is None:
             findings.append(_unused(key))
-    report = load_into(unwrapped(model), uri, _options(model, values))
+    report = load_into(unwrapped(model), uri, _options(model))
     if optimizer is not None:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None:
@@ -124,17 +123,16 @@ def _values(uri: str, *, wanted: bool) -> Mapping[str, Any]:
         raise
 
 
-def _options(model: nn.Module, values: Mapping[str, Any]) -> Any:
+def _options(model: nn.Module) -> Any:
     """A Flamingo may lack what its bases have; another model, what it does not train."""
     from torch import nn
 
     from flamingo_ckpt.loading.options import LoadOptions
 
-    wrapper = MODEL_KEY if values else None
     if isinstance(getattr(unwrapped(model), "lang_encoder", None), nn.Module):
-        return LoadOptions(policy="partial", wrapper_key=wrapper)
+        return LoadOptions(policy="partial")
     frozen = {item.name for item in choose(model, trainable_only=True).dropped}
-    return LoadOptions(wrapper_key=wrapper, may_miss=frozenset(frozen))
+    return LoadOptions(may_miss=frozenset(frozen))
 
 
 def _epoch(values: Mapping[str, Any], uri: str) -> int | None:

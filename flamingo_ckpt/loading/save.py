@@ -101,6 +101,10 @@ def save_checkpoint(
     is_training = not (optimizer is None and lr_scheduler is None and epoch is None)
     wanted = _dtype_name(dtype)
     _check_options(dst, is_training, wanted, metadata)
+    if epoch is not None and (type(epoch) is not int or epoch < 0):
+        raise CkptError(
+            f"the epoch is {epoch!r}, not a number from 0", code="FC460", where=dst, key="epoch"
+        )
     trained = choose(model, trainable_only=trainable_only)
     where = f"the {type(model).__name__} in memory"
     values: dict[str, Any] = {}

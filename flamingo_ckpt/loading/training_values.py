@@ -71,6 +71,8 @@ def _set_apart(value: Any, path: str, tensors: list[tuple[str, torch.Tensor]]) -
     if isinstance(value, torch.Tensor):
         tensors.append((path, value))
         return TensorRef(path)
+    if isinstance(value, float):
+        return float(value)  # numpy's float64 is one, and a schedule may have computed with it
     if type(value) in (dict, OrderedDict, Counter):
         parts = {key: _set_apart(part, f"{path}.{key}", tensors) for key, part in value.items()}
         return parts if type(value) is dict else type(value)(parts)

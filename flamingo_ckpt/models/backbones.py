@@ -216,9 +216,8 @@ def paligemma(data: Mapping[str, Any], attn_implementation: str | None = None) -
     from transformers import CONFIG_MAPPING, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     vision, text = data["vision_config"], data["text_config"]
-    tied = text.get("tie_word_embeddings")
-    tied = data.get("tie_word_embeddings") if tied is None else tied
-    tied = True if tied is None else tied
+    # Version 5 writes the inner field's default beside an upper `false`, version 4 the other way.
+    tied = False not in (text.get("tie_word_embeddings"), data.get("tie_word_embeddings"))
     image_token = data.get("image_token_index", data.get("image_token_id"))
     config = PaliGemmaConfig(
         vision_config={

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-
 from flamingo_ckpt import IncompatibleKeys, LoadError, load_checkpoint
 from flamingo_ckpt.errors import CkptError
 from tests import zoo

@@ -140,6 +140,22 @@ def test_tokens_are_added_once_and_those_there_stay_special(tmp_path: Path) -> N
     assert len(tokenizer) == WORDS + 2
 
 
+def test_a_tokenizer_that_ends_every_text(tmp_path: Path) -> None:
+    """Upstream takes the last token of `encode("<image>")`, which here is the end of the text."""
+    from tokenizers import Tokenizer, processors
+
+    parts = save_parts("llama", tmp_path)
+    path = Path(parts["tokenizer_path"]) / "tokenizer.json"
+    inner = Tokenizer.from_file(str(path))
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    inner.save(str(path))
+    model, _, tokenizer = create_model_and_transforms(**parts)
+    assert tokenizer.encode("<image>") == [MEDIA_TOKEN, 1]
+    assert (model.media_token_id, model.eoc_token_id) == (MEDIA_TOKEN, EOC_TOKEN)
+
+
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_new_rows_are_the_same_in_every_construction(family: str) -> None:
     """Also those of a head that no checkpoint holds; and nobody else's random numbers are used."""

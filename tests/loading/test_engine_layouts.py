@@ -143,3 +143,22 @@ def test_the_language_models_head_under_both_of_its_names(tmp_path: Path) -> Non
     import torch
 
     assert torch.equal(model.lm_head.weight, flamingo.language["embed_out.weight"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("prefix", ["params/", ""])
+def test_big_visions_paligemma_fills_transformers_model(
+    version: int, prefix: str, tmp_path: Path
+) -> None:
+    """Its vocabulary ends with the last token; the rows that transformers adds are zero."""
+    pali = zoo.paligemma(version=version)
+    arrays = pali.npz(prefix=prefix)
+    path = saved(arrays, tmp_path, ".npz")
+    for model in (scrambled(pali.model), on_meta(pali.model)):
+        report = load_into(model, path)
+        assert_same(model, pali.model)
+        assert list(report.zero_filled.values()) == ["rows 192 to 255, which are padding"]
+    name = f"{prefix}llm/embedder/input_embedding"
+    arrays[name] = arrays[name][:-70]
+    with pytest.raises(LoadError, match="in the file"):
+        load_into(scrambled(pali.model), saved(arrays, tmp_path, ".npz"))

@@ -76,7 +76,12 @@ def test_fsdp2(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for worker in workers:
-        told, error = worker.communicate(timeout=120)
-        assert worker.returncode == 0, error
-        assert told.strip() == "fine"
+    try:
+        for worker in workers:
+            told, error = worker.communicate(timeout=120)
+            assert worker.returncode == 0, error
+            assert told.strip() == "fine"
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()

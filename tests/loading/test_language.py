@@ -141,3 +141,13 @@ def test_generate_knows_the_padding(tmp_path: Path) -> None:
     model, _, tokenizer = create_model_and_transforms(**save_parts("llama", tmp_path))
     assert model.lang_encoder.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.lang_encoder.generation_config.eos_token_id == 2
+
+
+def test_generate_goes_by_the_folders_own_settings(tmp_path: Path) -> None:
+    parts = save_parts("llama", tmp_path)
+    path = Path(parts["lang_encoder_path"]) / "generation_config.json"
+    path.write_text(json.dumps({"pad_token_id": 7, "eos_token_id": [1, 2], "max_length": 33}))
+    settings = create(parts).lang_encoder.generation_config
+    assert (settings.pad_token_id, settings.eos_token_id, settings.max_length) == (7, [1, 2], 33)
+    path.write_text("{")
+    refused("FC401", create, parts)

@@ -90,6 +90,27 @@ def test_the_same_bits_as_from_pretrained(tmp_path: Path, version: int, dtype: t
     assert ours.config.to_dict().keys() == theirs.config.to_dict().keys()
 
 
+def test_as_its_users_write_it(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
+    from flamingo_ckpt import load_hf_model as load
+
+    # as the hub's config, which says nothing of the picture's tokens in this version
+    vision = {k: v for k, v in zoo.config["vision_config"].items() if k != "num_image_tokens"}
+    write_folder(tmp_path, zoo.config | {"vision_config": vision}, zoo.layout("L1"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(str(tmp_path), device)
+    model = model.to(device).eval()
+    num_image_tokens = model.config.vision_config.num_image_tokens
+    size = model.config.vision_config.image_size
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False
+    prompt = "<image> " * num_image_tokens + tokenizer.bos_token + " w7 w8"
+    inputs_ = tokenizer([prompt], return_tensors="pt", padding="longest", truncation=True)
+    assert inputs_["input_ids"].tolist() == [[WORDS] * num_image_tokens + [2, 7, 8]]
+    pixels = torch.zeros(1, 3, size, size, device=device)
+    with torch.no_grad():
+        logits = model(**inputs_.to(device), pixel_values=pixels).logits
+    assert logits.shape == (1, num_image_tokens + 3, model.config.text_config.vocab_size)
+
+
 def test_the_attention_asked_for(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
     write_folder(tmp_path, zoo.config, zoo.layout("L1"))
     # As the processor marks a prefix. Without it, the class's eager attention is causal, and its

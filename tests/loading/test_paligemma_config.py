@@ -12,6 +12,7 @@ import pytest
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.loading.paligemma_config import hf_config, read_settings
+from flamingo_ckpt.models import build, load_config
 from tests.zoo_paligemma import paligemma
 
 #: `google/paligemma-3b-pt-224`, as transformers 4.41 wrote it: what is left out has its default.
@@ -288,6 +289,8 @@ def test_what_version_5_writes_of_an_untied_model(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["text_config"]["tie_word_embeddings"] is True, "the inner one's default"
     assert read_settings(str(tmp_path)).tied is False
+    model: Any = build(load_config(tmp_path), device="meta")
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
 
 
 def test_a_turned_off_soft_cap_stays_off(tmp_path: Path) -> None:

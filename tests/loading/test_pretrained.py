@@ -96,7 +96,7 @@ def test_what_upstream_saves(family: str, era: str, created: Create, tmp_path: P
 def test_prefixes_and_wrappers(
     wrapper: str | None, prefix: str, suffix: str, created: Create, tmp_path: Path
 ) -> None:
-    """Issue 210 of upstream: with `module.` before every key nothing was loaded, and silently."""
+    """A release was first uploaded with `module.` before every key: nothing was loaded."""
     if suffix == "safetensors":
         named = {prefix + name: tensor for name, tensor in trained().items()}
         path = zoo.save_safetensors(named, tmp_path / "x.safetensors")

@@ -20,9 +20,6 @@ from flamingo_ckpt.loading.save import save_checkpoint
 from flamingo_ckpt.models import build, load_config
 from tests import training_support as support
 from tests.support import load_torch, torch_facts
-from tests.training_support import one_thread
-
-__all__ = ["one_thread"]
 
 FAMILIES = ("llama", "opt", "gpt_neox", "mpt7b")
 
@@ -338,3 +335,41 @@ def test_parameters_that_the_model_does_not_have_are_told_by_their_place(tmp_pat
     )
     load_training_state(tmp_path / "a.pt", model, other)
     assert str(other.state_dict()) == str(optimizer.state_dict())
+
+
+def test_numbers_of_numpy_in_a_schedule_are_numbers(tmp_path: Path) -> None:
+    import numpy
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=float(numpy.float64(0.1)))
+    optimizer.param_groups[0]["lr"] = numpy.float64(0.3)
+    save_checkpoint(model, tmp_path / "a.pt", optimizer=optimizer)
+    load_training_state(tmp_path / "a.pt", model, optimizer)
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    assert optimizer.param_groups[0]["lr"] == numpy.float64(0.3)
+
+
+def test_a_fat_file_of_upstream_is_taken_up(tmp_path: Path) -> None:
+    """FSDP1 without `use_orig_params`: nothing is left out, not even the alias trees."""
+    model = support.flamingo()
+    run = support.optimizer(model)
+    support.steps(model, run, range(1))
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 2, "model_state_dict": state}, tmp_path / "fat.pt")
+    again = support.flamingo()
+    spoil(again)
+    found = load_training_state(tmp_path / "fat.pt", again)
+    assert found.epoch == 2
+    assert torch_facts(again.state_dict()) == torch_facts(model.state_dict())
+
+
+def test_what_is_trained_and_not_in_the_file_is_refused(tmp_path: Path) -> None:
+    """Frozen parts may be missing; a block that is to be trained on may not."""
+    model = support.flamingo()
+    save_checkpoint(model, tmp_path / "run.pt", epoch=0)
+    saved = load_torch(tmp_path / "run.pt")
+    gate = next(name for name in saved["model_state_dict"] if name.endswith("attn_gate"))
+    del saved["model_state_dict"][gate]
+    torch.save(saved, tmp_path / "bad.pt")
+    with pytest.raises(CkptError, match="attn_gate"):
+        load_training_state(tmp_path / "bad.pt", model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from fixtures.make_training_checkpoint import _process_group as one_process
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.loading.save import save_checkpoint
-from flamingo_ckpt.models import build
+from flamingo_ckpt.models import build, shard_model
 from flamingo_ckpt.models.config import parse_config
 from tests import zoo
 from tests.support import cli_ok, facts_at, load_torch, torch_facts
@@ -280,6 +281,7 @@ def test_what_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
         (nn.Linear(2, 2), "FC006", {"epoch": 1, "path": "b.safetensors"}, "cannot hold the state"),
         (nn.Linear(2, 2), "FC006", {"epoch": 1, "dtype": "bfloat16"}, "not with bfloat16"),
         (nn.Linear(2, 2), "FC006", {"metadata": {"a": "b"}}, "torch files hold no metadata"),
+        (nn.Linear(2, 2), "FC460", {"epoch": "7"}, "the epoch is '7'"),
     ]
     for model, code, options, message in cases:
         path = tmp_path / options.pop("path", "a.pt")
@@ -313,3 +315,60 @@ def test_the_bytes_are_the_same_each_time(tmp_path: Path) -> None:
     first, second = ((tmp_path / name / "x.pt").read_bytes() for name in ("a", "b"))
     assert first == second
     assert torch.load(io.BytesIO(first), weights_only=True).keys() == upstream_file("llama").keys()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    with one_process():
+        yield
+
+
+@pytest.mark.usefixtures("group")
+def test_ddp_leaves_no_trace_in_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    save_checkpoint(nn.parallel.DistributedDataParallel(model), tmp_path / "a.pt")
+    assert torch_facts(load_torch(tmp_path / "a.pt")) == torch_facts(model.state_dict())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore")
+def test_flat_parameters_are_refused(tmp_path: Path) -> None:
+    """With `use_orig_params` their names look right, and the tensors are pieces."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for use_orig_params in (False, True):
+        inner = FullyShardedDataParallel(
+            nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        with pytest.raises(CkptError, match="wrapped by FSDP1") as caught:
+            save_checkpoint(nn.Sequential(inner), tmp_path / "a.pt")
+        assert caught.value.code == "FC461"
+        assert "shard_model" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_is_split_once(tmp_path: Path) -> None:
+    model = ours("llama")
+    expected = torch_facts(upstream_file("llama"))
+    save_checkpoint(shard_model(model), tmp_path / "a.pt")
+    assert torch_facts(load_torch(tmp_path / "a.pt")) == expected
+    with pytest.raises(CkptError, match="split already") as caught:
+        shard_model(model)
+    assert caught.value.code == "FC461"
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_neox"])
+def test_the_twin_of_hugging_face_is_saved_under_its_names(family: str, tmp_path: Path) -> None:
+    source = zoo.openflamingo(family)
+    model = build(parse_config(source.config, "the zoo"), layout="hf-flamingo")
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("perceiver" in name or "gated_cross_attn_layer" in name)
+    save_checkpoint(model, tmp_path / "part.safetensors")
+    save_checkpoint(model, tmp_path / "whole.safetensors", trainable_only=False)
+    for name in ("part", "whole"):
+        document = cli_ok("inspect", tmp_path / f"{name}.safetensors", "--json").document
+        assert document["layout"]["name"] == "hf-flamingo"
+    cli_ok("convert", tmp_path / "part.safetensors", tmp_path / "of.pt", "--to", "openflamingo")
+    assert set(load_torch(tmp_path / "of.pt")) == set(upstream_file(family))

@@ -159,6 +159,14 @@ def test_a_tower_with_a_tensor_too_few(tmp_path: Path) -> None:
     assert "ln_2.bias" in str(caught.value.report.missing_keys)
 
 
+def test_a_tower_with_a_layer_too_many(tmp_path: Path) -> None:
+    """A deeper tower fills a shallower one without a gap, and is another tower."""
+    with pytest.raises(LoadError) as caught:
+        tower(save_open_clip(tmp_path, zoo.clip(layers=VISION_LAYERS + 1).open_clip))
+    assert "resblocks.3" in str(caught.value.report.unexpected_keys)
+    assert not [key for key in caught.value.report.unexpected_keys if "visual" not in key]
+
+
 def test_towers_without_patch_tokens(tmp_path: Path) -> None:
     refused("FC451", tower, "RN50")
     refused("FC451", tower, "ViT-B-16-SigLIP")

@@ -58,3 +58,9 @@ def batch(family: str, *, padded: str = "", dtype: str = "float64") -> dict[str,
         mask[0, slice(-3, None) if padded == "right" else slice(None, 3)] = 0
     pictures = inputs["vision_x"].to(getattr(torch, dtype))
     return {"vision_x": pictures, "lang_x": tokens, "attention_mask": mask}
+
+
+def tiny(family: str, **text: Any) -> dict[str, Any]:
+    """A small Flamingo's config; `text` goes into that of the language model."""
+    config = zoo.openflamingo(family).config
+    return config | {"text_config": config["text_config"] | text}

@@ -140,6 +140,29 @@ def test_rows_that_are_padded_on_the_left(family: str) -> None:
     assert torch.equal(found[0, 3:], greedy(model, alone)[0])
 
 
+@pytest.mark.parametrize("places", [[[], [3]], [[0, 1], [0, 5, 11]], [[11], [0, 1, 2, 3]]])
+def test_rows_with_other_numbers_of_images(places: list[list[int]]) -> None:
+    model, inputs = model_of("mpt1b"), batch("mpt1b")
+    inputs["lang_x"][inputs["lang_x"] == MEDIA_TOKEN] = 5
+    for row, columns in zip(inputs["lang_x"], places, strict=True):
+        row[columns] = MEDIA_TOKEN
+    assert torch.equal(model.generate(**inputs, **ENDLESS), greedy(model, inputs))
+
+
+@each_family
+def test_a_cache_is_the_default(family: str) -> None:
+    """MPT's config has none, and every step would read the whole text again."""
+    model, inputs = model_of(family), batch(family)
+    lengths: list[int] = []
+
+    def read(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        lengths.append(kwargs["input_ids"].shape[1])
+
+    model.lang_encoder.register_forward_pre_hook(read, with_kwargs=True)
+    model.generate(**inputs, **ENDLESS)
+    assert lengths == [inputs["lang_x"].shape[1]] + [1] * (STEPS - 1)
+
+
 def test_samples_share_the_images_of_their_row() -> None:
     model, inputs = model_of("llama"), batch("llama")
     options = {**ENDLESS, "do_sample": True, "num_return_sequences": 4, "top_k": 0}

@@ -32,6 +32,18 @@ def test_logits_are_upstreams_bit_for_bit(family: str, padded: str) -> None:
 
 
 @each_family
+@pytest.mark.parametrize("places", [[[], [3]], [[0, 1], [0, 5, 11]], [[11], [0, 1, 2, 3]]])
+def test_rows_with_other_numbers_of_images(family: str, places: list[list[int]]) -> None:
+    """None, as many as there are, one for the last, and more than there are."""
+    inputs = batch(family)
+    inputs["lang_x"][inputs["lang_x"] == MEDIA_TOKEN] = 5
+    for row, columns in zip(inputs["lang_x"], places, strict=True):
+        row[columns] = MEDIA_TOKEN
+    with torch.no_grad():
+        assert torch.equal(ours(family)(**inputs).logits, theirs(family)(**inputs).logits)
+
+
+@each_family
 def test_padding_on_the_left(family: str) -> None:
     """In float32: transformers takes a softmax of a float64 mask in float32, which gives NaN."""
     inputs = batch(family, padded="left", dtype="float32")

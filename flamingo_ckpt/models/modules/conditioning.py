@@ -44,6 +44,7 @@ class Conditioning:
         self._announced: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._times: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None
 
     def locate(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where tokens stand for images: booleans of the shape of `input_ids`.
@@ -95,7 +96,7 @@ class Conditioning:
         """
         del module
         announced, self._announced = self._announced, None
-        self._rows = self._times = None
+        self._rows = self._times = self._seen = None
         if self.media is None:
             return
         input_ids = _input_ids(args, kwargs)
@@ -110,7 +111,7 @@ class Conditioning:
             return
         else:
             seen = torch.cat((_remembered(kwargs, own, num_past), own), dim=1)
-        self._times = text_times(seen, seen.shape[1])[:, num_past:]
+        self._times, self._seen = text_times(seen, seen.shape[1])[:, num_past:], seen
         if self.keeps_media and announced is None:
             self._prompt = own
 
@@ -123,7 +124,10 @@ class Conditioning:
         cache = getattr(output, "past_key_values", None)
         if cache is None or input_ids is None or self.media is None:
             return
-        own = self.locate(input_ids)
+        if self._seen is not None:
+            setattr(cache, _MEMORY, self._seen)
+            return
+        own = self.locate(input_ids)  # went on after a kept prompt
         before = getattr(cache, _MEMORY, own[:, :0])
         num_before = _length(cache) - own.shape[1]
         if before.shape[0] == own.shape[0] and before.shape[1] >= num_before >= 0:

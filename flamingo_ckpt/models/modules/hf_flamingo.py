@@ -1,8 +1,9 @@
 """The Hugging Face ports of Flamingo, as classes of transformers.
 
 Their modules are named as in the published folders (`luodian/OTTER-*`, `luodian/openflamingo-*`)
-and in those of `flamingo-ckpt convert --to hf-flamingo`; they compute what `Flamingo` does. Importing
-this module makes them known to `AutoConfig`, `AutoModel` and `AutoModelForImageTextToText`.
+and in those of `flamingo-ckpt convert --to hf-flamingo`; they compute what `Flamingo` does.
+Importing this module makes them known to `AutoConfig`, `AutoModel` and to
+`AutoModelForImageTextToText`.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class FlamingoForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
     @media_token_id.setter
     def media_token_id(self, value: int | None) -> None:
+        """Tell it, to the config too."""
         self.conditioning.media_token_id = self.config.media_token_id = value
 
     @property
@@ -125,6 +127,7 @@ class FlamingoForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
     @eoc_token_id.setter
     def eoc_token_id(self, value: int | None) -> None:
+        """Tell it, to the config and to generation too."""
         self.config.eoc_token_id = value
         self._end_at_eoc()
 
