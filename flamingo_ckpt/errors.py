@@ -101,6 +101,7 @@ CODES: MappingProxyType[str, str] = MappingProxyType(
         "FC435": "filled with zeros",
         "FC436": "cast to the model's dtype",
         "FC437": "integers for floating-point weights",
+        "FC438": "hooks of the model's own that are not run",
         "FC440": "grid of positions unknown",
         "FC441": "width of positions differs",
         "FC442": "class row on one side only",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.errors import CkptError, LoadError
+from flamingo_ckpt.errors import CkptError, Finding, LoadError, name_some
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
 from flamingo_ckpt.loading.buffers import (
@@ -22,7 +22,12 @@ from flamingo_ckpt.loading.options import LoadOptions
 from flamingo_ckpt.loading.policy import judge
 from flamingo_ckpt.loading.report import LoadReport
 from flamingo_ckpt.loading.resize import position_tables
-from flamingo_ckpt.loading.targets import Target, describe_module, targets_of
+from flamingo_ckpt.loading.targets import (
+    Target,
+    describe_module,
+    own_ways_of_loading,
+    targets_of,
+)
 from flamingo_ckpt.models.head_counts import head_counts
 from flamingo_ckpt.plan import Plan
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
@@ -89,7 +94,7 @@ def load_into(
         uri=manifest.uri,
         model=describe_module(module),
         format=manifest.format,
-        findings=(*manifest.findings, *chosen.findings),
+        findings=(*manifest.findings, *chosen.findings, *_hook_findings(module)),
     )
     verdict = judge(
         matching,
@@ -109,6 +114,22 @@ def load_into(
             slots[name] = tensor
     rebuild_buffers(module, options.device)
     return replace(verdict.report, num_mapped=filled.num_mapped)
+
+
+def _hook_findings(module: nn.Module) -> list[Finding]:
+    """A module may rename or change what it is given in `load_state_dict`, which is not called."""
+    ways = own_ways_of_loading(module)
+    if not ways:
+        return []
+    return [
+        Finding(
+            code="FC438",
+            severity="warning",
+            detail=f"{len(ways)} submodules change a state dict as they load it, which is not "
+            "done here: " + name_some(ways, 3),
+            hint="save the model's own state dict, whose names and values need no change",
+        )
+    ]
 
 
 def _places(module: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:

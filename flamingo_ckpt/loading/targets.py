@@ -91,6 +91,23 @@ def describe_module(module: nn.Module) -> str:
     return name.removeprefix("FSDP") or name
 
 
+def own_ways_of_loading(module: nn.Module) -> list[str]:
+    """Paths of submodules that change a state dict while `load_state_dict` loads it.
+
+    Those of torch itself only check or gather, and are not told.
+    """
+    from torch import nn
+
+    found: list[str] = []
+    for path, part in module.named_modules():
+        hooks = [getattr(one, "hook", one) for one in part._load_state_dict_pre_hooks.values()]
+        method = type(part)._load_from_state_dict
+        ways = [*hooks, *([method] if method is not nn.Module._load_from_state_dict else [])]
+        if any(not str(getattr(way, "__module__", "")).startswith("torch.") for way in ways):
+            found.append(strip_wrappers(path)[0] or describe_module(part))
+    return found
+
+
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor: FSDP2's parameters, of which each process has a part."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")

@@ -376,3 +376,16 @@ def test_a_copy_of_a_loaded_module_is_its_own(tmp_path: Path) -> None:
         other.first.weight.zero_()
     assert_same(model, net())
     assert_same(scrambled(model), scrambled(net()))
+
+
+def test_hooks_that_change_a_state_dict_are_told(tmp_path: Path) -> None:
+    def double(module: Any, state: Any, prefix: str, *_: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+
+    path = saved(net().state_dict(), tmp_path)
+    model = net(1)
+    assert load_into(model, path).findings == ()
+    model.first.register_load_state_dict_pre_hook(double)
+    (finding,) = load_into(model, path).findings
+    assert finding.code == "FC438"
+    assert "`first`" in finding.detail

@@ -65,7 +65,7 @@ class FlamingoBase(nn.Module):
                 the first three for another kind of encoder. It is cast to the dtype of the tower.
 
         Raises:
-            ValueError: another number of axes; more than one frame where frames have no
+            ValueError: another number of axes; no image; more than one frame where frames have no
                 embedding; more frames or images than have one.
         """
         if vision_x.ndim < 4:
@@ -74,6 +74,8 @@ class FlamingoBase(nn.Module):
                 "channels, height, width]"
             )
         batch, images, frames = vision_x.shape[:3]
+        if 0 in (batch, images, frames):
+            raise ValueError(f"`vision_x` has the shape {tuple(vision_x.shape)}: no image")
         self.perceiver.check_numbers(num_frames=frames, num_media=images)
         parameters = list(self.vision_encoder.parameters())
         dtype = next((one.dtype for one in parameters if one.is_floating_point()), None)
@@ -114,7 +116,29 @@ class FlamingoBase(nn.Module):
 
         Raises:
             ValueError: images are given although some are kept, or neither.
+            RuntimeError: another call is running, in another thread (`DataParallel` has one for
+                each device) or around this one: it would go on with the images of this one.
         """
+        seen = self.conditioning
+        if seen.is_in_use:
+            raise RuntimeError(
+                "the model is looking at the images of another call, which is still running: let "
+                "calls wait for one another, or give each thread or device a copy of the model "
+                "(DistributedDataParallel instead of DataParallel)"
+            )
+        seen.is_in_use = True
+        try:
+            self._look_at(vision_x)
+            yield
+        except BaseException:
+            forget = True
+            raise
+        finally:
+            seen.is_in_use = False
+            if forget and not seen.keeps_media:
+                seen.clear()
+
+    def _look_at(self, vision_x: torch.Tensor | None) -> None:
         seen = self.conditioning
         if vision_x is None:
             if not seen.keeps_media:
@@ -123,14 +147,6 @@ class FlamingoBase(nn.Module):
             raise ValueError("images are cached: `uncache_media()` first, or pass None")
         else:
             seen.media = self.encode_vision(vision_x)
-        try:
-            yield
-        except BaseException:
-            forget = True
-            raise
-        finally:
-            if forget and not seen.keeps_media:
-                seen.clear()
 
     @contextmanager
     def announcing(self) -> Iterator[None]:
@@ -160,13 +176,15 @@ class FlamingoBase(nn.Module):
         or the same token, and there is a cache: MPT's config says no, and pays for it.
         """
         asked = given.get("generation_config")
-        chosen: dict[str, Any] = {"use_cache": True}
+        chosen: dict[str, Any] = {}
+        if getattr(asked, "use_cache", None) is None:
+            chosen["use_cache"] = True
         if self.eoc_token_id is not None and getattr(asked, "eos_token_id", None) is None:
             chosen["eos_token_id"] = self.eoc_token_id
         own: Any = asked or getattr(self.lang_encoder, "generation_config", None)
         end = given.get("eos_token_id", chosen.get("eos_token_id"))
         if getattr(own, "pad_token_id", None) is None and end is not None:
-            chosen["pad_token_id"] = end[0] if isinstance(end, list) else end
+            chosen["pad_token_id"] = int(torch.as_tensor(end).flatten()[0])
         return {**chosen, **given}
 
     def use_gradient_checkpointing(self, value: bool = True) -> None:

@@ -20,6 +20,8 @@ MakeBlock = Callable[[], GatedCrossAttentionBlock]
 
 #: The attribute of a cache under which its media locations are kept: booleans `[batch, seen]`.
 _MEMORY = "flamingo_media_locations"
+#: What recurrent language models (Mamba, RWKV) have in place of `past_key_values`.
+_STATES = ("cache_params", "state")
 
 
 class Conditioning:
@@ -30,10 +32,12 @@ class Conditioning:
         media: latents `[batch, images, num_latents, dim_visual]`, or None.
         keeps_media: whether `cache_media` holds them: text without a media token then attends to
             the last image of the prompt.
+        is_in_use: whether a call is running; there is one place for what it looks at.
     """
 
     def __init__(self, media_token_id: int | None = None) -> None:
         self.media_token_id = media_token_id
+        self.is_in_use = False
         self.clear()
 
     def clear(self) -> None:
@@ -102,14 +106,17 @@ class Conditioning:
         input_ids = _input_ids(args, kwargs)
         if input_ids is None:
             raise ValueError("the language model needs `input_ids`, to see its media tokens")
+        _check_cache(kwargs)
         self._rows = self._for_rows(len(input_ids), is_generation=announced is not None)
         own, num_past = self.locate(input_ids), _num_past(kwargs)
+        whole = None
         if announced is not None and announced.shape[1] == num_past + input_ids.shape[1]:
-            seen = self.locate(announced)
-        elif self.keeps_media and not bool(own.any()):
+            whole = self.locate(announced)
+        if self.keeps_media and not bool((own if whole is None else whole).any()):
             self._times = self._continued(input_ids)
             return
-        else:
+        seen = whole
+        if seen is None:
             seen = torch.cat((_remembered(kwargs, own, num_past), own), dim=1)
         self._times, self._seen = text_times(seen, seen.shape[1])[:, num_past:], seen
         if self.keeps_media and announced is None:
@@ -134,9 +141,9 @@ class Conditioning:
             setattr(cache, _MEMORY, torch.cat((before[:, :num_before], own), dim=1))
 
     def _continued(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Text times after a kept prompt: its last image."""
+        """Text times after a kept prompt: its last image, for as many rows as its images serve."""
         assert self._prompt is not None
-        rows = self._prompt.expand(len(input_ids), -1) if len(self._prompt) == 1 else self._prompt
+        rows = self._prompt.repeat_interleave(len(input_ids) // len(self._prompt), dim=0)
         return text_times(rows, input_ids.shape[1], is_continuation=True)
 
     def _for_rows(self, num_rows: int, *, is_generation: bool) -> torch.Tensor:
@@ -155,6 +162,16 @@ class Conditioning:
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     found = kwargs.get("input_ids", args[0] if args else None)
     return found if isinstance(found, torch.Tensor) else None
+
+
+def _check_cache(kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for a cache that does not tell how many tokens it holds."""
+    name = next((name for name in _STATES if kwargs.get(name) is not None), None)
+    if name is not None:
+        raise ValueError(
+            f"the language model has a cache called `{name}`, which does not tell how many tokens "
+            "it holds, and so not which images they saw: call it with `use_cache=False`"
+        )
 
 
 def _num_past(kwargs: dict[str, Any]) -> int:
@@ -219,7 +236,8 @@ class FlamingoLayer(nn.Module):
             hidden_states = run(
                 self.gated_cross_attn_layer, hidden_states, media, times, anew=again
             )
-        again = again and not any(hasattr(one, "get_seq_length") for one in kwargs.values())
+        given = (*args, *kwargs.values())
+        again = again and not any(hasattr(one, "get_seq_length") for one in given)
         return run(self.decoder_layer, hidden_states, *args, anew=again, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
