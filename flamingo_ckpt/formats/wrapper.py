@@ -338,5 +338,5 @@ def _nothing(root: Any, census: Census, where: str) -> CkptError:
         f"it holds no tensors, only: {describe(root)}",
         code="FC201",
         where=where,
-        hint="is it the file that was meant? weights are saved by `torch.save(model.state_dict(), ...)`",
+        hint="is it the file that was meant? `torch.save(model.state_dict(), ...)` saves weights",
     )

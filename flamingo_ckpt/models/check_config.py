@@ -63,7 +63,10 @@ def check_flamingo(fields: Fields, data: dict[str, Any]) -> None:
     layers = check_language(text, family)
     vision = fields.section("vision_config")
     _check_vision(vision)
-    data["vision_config"] = {"num_channels": 3, **vision.data}
+    # The class's defaults, written down: no tensor tells them, and the file may outlive the class.
+    defaults = {"num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    absent = {name: value for name, value in defaults.items() if vision.data.get(name) is None}
+    data["vision_config"] = {**vision.data, **absent}
     every = fields.integer("cross_attn_every_n_layers", high=MAX_LAYERS)
     if layers is not None and every > layers:
         raise fields.contradiction(

@@ -234,3 +234,92 @@ def test_no_gradient_is_kept() -> None:
     model, inputs = model_of("mpt1b"), batch("mpt1b")
     found = model.generate(**inputs, **ENDLESS, return_dict_in_generate=True, output_logits=True)
     assert not found.logits[0].requires_grad
+
+
+def test_cached_images_are_seen_by_a_prompt_without_a_media_token() -> None:
+    """As plain calls see them: the last image of each row, in every beam too."""
+    model, inputs = model_of("gpt_neox"), batch("gpt_neox")
+    tail = torch.full_like(inputs["lang_x"][:, :4], 9)
+    mask = torch.ones_like(tail)
+    with torch.no_grad():
+        model.cache_media(inputs["lang_x"], inputs["vision_x"])
+        wanted = greedy(model, {"vision_x": None, "lang_x": tail, "attention_mask": mask})
+    assert torch.equal(model.generate(None, tail, mask, **ENDLESS), wanted)
+    told: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True}
+    beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0}
+    found = model.generate(None, tail, mask, **ENDLESS, **told, **beams)
+    model.uncache_media()
+    # the same text after the prompt's last image alone
+    last = inputs["vision_x"][:, -1:].repeat_interleave(3, dim=0)
+    lead = torch.full_like(found.sequences[:, :1], MEDIA_TOKEN)
+    with torch.no_grad():
+        model.cache_media(lead, last)
+        logits = model(None, found.sequences, torch.ones_like(found.sequences)).logits
+    written = found.sequences[:, 4:, None]
+    scores = logits[:, 3:-1].log_softmax(-1).gather(-1, written).sum((1, 2))
+    assert float((scores - found.sequences_scores).abs().max()) < ROUNDING
+
+
+def test_a_generation_config_decides_on_the_cache() -> None:
+    from transformers import GenerationConfig
+
+    model, inputs = model_of("llama"), batch("llama")
+    lengths: list[int] = []
+
+    def read(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        lengths.append(kwargs["input_ids"].shape[1])
+
+    model.lang_encoder.register_forward_pre_hook(read, with_kwargs=True)
+    start = inputs["lang_x"].shape[1]
+    for use_cache, wanted in ((False, [start, start + 1]), (None, [start, 1])):
+        lengths.clear()
+        asked = GenerationConfig(max_new_tokens=2, pad_token_id=0, use_cache=use_cache)
+        model.generate(**inputs, generation_config=asked)
+        assert lengths == wanted
+
+
+@pytest.mark.parametrize("ends", [[7, 8], (7, 8), torch.tensor([7, 8])])
+def test_several_ends(ends: Any) -> None:
+    model, inputs = model_of("llama"), batch("llama")
+    favour(model, 8)
+    found = model.generate(**inputs, max_new_tokens=4, eos_token_id=ends)
+    assert found.shape[1] == inputs["lang_x"].shape[1] + 1
+
+
+def test_one_call_at_a_time() -> None:
+    """A second one, inside or from another thread, would change what the first looks at."""
+    model, inputs = model_of("llama"), batch("llama")
+    wanted = model(**inputs).logits
+
+    def again(*_: Any) -> None:
+        handle.remove()
+        model(inputs["vision_x"] * 2, inputs["lang_x"])
+
+    handle = model.lang_encoder.register_forward_pre_hook(again)
+    with pytest.raises(RuntimeError, match="images of another call"):
+        model(**inputs)
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_a_cache_of_another_kind_is_refused() -> None:
+    """Mamba's tells no length; without one the images would be lost after the first step."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = Flamingo.from_towers(
+        torch.nn.Linear(5, 32),
+        MambaForCausalLM(config),
+        vis_dim=32,
+        layers="backbone.layers",
+        media_token_id=MEDIA_TOKEN,
+    ).eval()
+    zoo.randomise(model)
+    inputs = {
+        "vision_x": torch.randn(1, 1, 1, 7, 5),
+        "lang_x": torch.tensor([[5, MEDIA_TOKEN, 6]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match="`cache_params`.*use_cache=False"):
+        model.generate(**inputs, **ENDLESS)
+    found = model.generate(**inputs, **ENDLESS, use_cache=False)
+    assert torch.equal(found, greedy(model, inputs))

@@ -147,3 +147,20 @@ def test_the_config_is_registered_nowhere() -> None:
 
     assert "mosaic_gpt" not in transformers.CONFIG_MAPPING
     assert MosaicGPTConfig(n_layers=3).num_hidden_layers == 3
+
+
+def test_hidden_states() -> None:
+    """What goes into each layer, then what the head is given; never silently nothing."""
+    model = pair()[1]
+    with torch.no_grad():
+        output = model(tokens(), output_hidden_states=True)
+        embedded = model.get_input_embeddings()(tokens())
+        plain = model(tokens(), return_dict=False)
+    assert len(output.hidden_states) == model.config.n_layers + 1
+    assert torch.equal(output.hidden_states[0], embedded)
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(output.hidden_states[-1] @ weight.T, output.logits)
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[0], output.logits)
+    with pytest.raises(ValueError, match="attentions"):
+        model(tokens(), output_attentions=True)

@@ -218,9 +218,12 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-ca
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Logits for the next token.
 
         Args:
@@ -231,16 +234,26 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-ca
             inputs_embeds: `[batch, tokens, d_model]`, instead of `input_ids`.
             labels: `[batch, tokens]`, -100 where no loss is wanted; they are shifted here.
             use_cache: give a cache back; the config says what None is.
+            output_hidden_states: give what goes into each layer, and what comes out of the last
+                norm, `[batch, tokens, d_model]` each; the config says what None is.
+            output_attentions: cannot be had.
+            return_dict: False for a tuple; the config says what None is.
             logits_to_keep: only those of the last tokens; 0 for all.
             **kwargs: what transformers hands to every model, and has no meaning here.
 
         Returns:
-            `logits` `[batch, tokens, vocab_size]`, `loss` and `past_key_values` where asked for.
+            A `CausalLMOutputWithPast`: `logits` `[batch, tokens, vocab_size]`; `loss`,
+            `past_key_values` and `hidden_states` where asked for.
 
         Raises:
-            ValueError: neither tokens nor embeddings, or both; a mask of another length.
+            ValueError: neither tokens nor embeddings, or both; a mask of another length;
+                attentions are asked for.
         """
         del kwargs  # positions are ALiBi's
+        if output_attentions:
+            raise ValueError("a MosaicGPT does not give its attentions")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of `input_ids` and `inputs_embeds`")
         wte = self.transformer["wte"]
@@ -249,17 +262,25 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-ca
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         bias = self._bias(hidden_states, attention_mask, past_key_values)
+        passed = []
         for block in self.transformer.get_submodule("blocks").children():
+            passed.append(hidden_states)
             hidden_states = block(hidden_states, bias, past_key_values=past_key_values)
-        hidden_states = self.transformer["ln_f"](hidden_states[:, -logits_to_keep:])
-        logits = hidden_states @ wte.weight.T
+        hidden_states = self.transformer["ln_f"](hidden_states)
+        passed.append(hidden_states)
+        logits = hidden_states[:, -logits_to_keep:] @ wte.weight.T
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             loss = cross_entropy(shifted[0].float(), shifted[1], ignore_index=-100)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(passed) if output_hidden_states else None,
         )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def _bias(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any
