@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -13,6 +16,7 @@ from typing import Any
 import click
 import pytest
 
+import flamingo_ckpt
 from flamingo_ckpt import provenance, vocabulary
 from flamingo_ckpt.cli.main import VERBS, cli
 from flamingo_ckpt.errors import CODES
@@ -183,6 +187,33 @@ def test_what_a_converted_file_remembers_is_documented() -> None:
     assert f"`{PARTIAL_FIELD}`" in README
 
 
+def python_examples() -> list[ast.Module]:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [ast.parse(block) for block in blocks]
+
+
+def test_python_examples_name_what_is_there_and_call_it_right() -> None:
+    """They cannot run here, for want of weights; the same calls run in test_usage_examples."""
+    ours: dict[str, Any] = {}
+    called: set[str] = set()
+    for tree in python_examples():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flamingo_ckpt"):
+                module = importlib.import_module(str(node.module))
+                ours |= {alias.name: getattr(module, alias.name) for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                name = node.func.id
+                if name in ours:
+                    keywords = {str(one.arg): None for one in node.keywords}
+                    inspect.signature(ours[name]).bind(*node.args, **keywords)
+                    called.add(name)
+    loaders = {
+        name for name in flamingo_ckpt.__all__ if name.startswith(("load_", "create_", "save_"))
+    }
+    assert called >= loaders
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="staging is Linux only")
 def test_the_session_is_what_the_demo_prints(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
@@ -209,6 +240,6 @@ def test_the_session_is_what_the_demo_prints(tmp_path: Path) -> None:
 
 def code_in(text: str) -> list[str]:
     """What stands in backticks, and between fences."""
-    fenced = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    rest = re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return [*fenced, *re.findall(r"`([^`\n]+)`", rest)]

@@ -11,6 +11,7 @@ from flamingo_ckpt.models.modules.flamingo import Flamingo
 from tests import zoo
 from tests.models.flamingo_support import batch, ours
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
+from tests.zoo_lms import randomise
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 STEPS = 5
@@ -313,7 +314,7 @@ def test_a_cache_of_another_kind_is_refused() -> None:
         layers="backbone.layers",
         media_token_id=MEDIA_TOKEN,
     ).eval()
-    zoo.randomise(model)
+    randomise(model)
     inputs = {
         "vision_x": torch.randn(1, 1, 1, 7, 5),
         "lang_x": torch.tensor([[5, MEDIA_TOKEN, 6]]),
