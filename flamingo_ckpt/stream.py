@@ -145,9 +145,7 @@ def derive(
     derived.xxh3_128 = digest.hexdigest()
 
 
-def _blocks(
-    step: Step, buffer: bytearray, into: memoryview | None = None
-) -> Iterator[memoryview]:
+def _blocks(step: Step, buffer: bytearray, into: memoryview | None = None) -> Iterator[memoryview]:
     """The elements of a step before any cast, run after run."""
     for run in step.runs:
         if run.storage is not None:

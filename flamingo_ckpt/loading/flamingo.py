@@ -34,12 +34,17 @@ _OPTIONS = (
     "device",
 )
 
+_CHOICES: Final = {
+    "attn_implementation": ("sdpa", "eager"),
+    "force_quick_gelu": (None, True, False),
+}
+
 
 def create_model_and_transforms(
-    clip_vision_encoder_path: str,
-    clip_vision_encoder_pretrained: str | None,
-    lang_encoder_path: str,
-    tokenizer_path: str,
+    clip_vision_encoder_path: str | os.PathLike[str],
+    clip_vision_encoder_pretrained: str | os.PathLike[str] | None,
+    lang_encoder_path: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str],
     cross_attn_every_n_layers: int = 1,
     use_local_files: bool = False,
     decoder_layers_attr_name: str | None = None,
@@ -84,7 +89,7 @@ def create_model_and_transforms(
         `[3, height, width]` of a PIL picture.
 
     Raises:
-        TypeError: an unknown keyword.
+        TypeError: an unknown keyword, or one of `flamingo_kwargs` of another type.
         LoadError: weights that do not fill their tower; nothing is left random silently.
         CkptError: FC450 to FC455 for what cannot be found or used, FC470 to FC475 from the hub.
     """
@@ -92,14 +97,18 @@ def create_model_and_transforms(
     access = Access(cache_dir=cache_dir, local_files_only=use_local_files)
     device = flamingo_kwargs.pop("device", None)
     quick_gelu = flamingo_kwargs.pop("force_quick_gelu", None)
-    tokenizer = load_flamingo_tokenizer(tokenizer_path, access)
+    tokenizer = load_flamingo_tokenizer(os.fspath(tokenizer_path), access)
     language = load_language_model(
-        lang_encoder_path, access, decoder_layers_attr_name=decoder_layers_attr_name, device=device
+        os.fspath(lang_encoder_path),
+        access,
+        decoder_layers_attr_name=decoder_layers_attr_name,
+        device=device,
     )
     _check_interval(cross_attn_every_n_layers, language.module.get_submodule(language.layers))
+    weights = clip_vision_encoder_pretrained
     tower = load_vision_tower(
-        clip_vision_encoder_path,
-        clip_vision_encoder_pretrained,
+        os.fspath(clip_vision_encoder_path),
+        None if weights is None else os.fspath(weights),
         access,
         force_quick_gelu=quick_gelu,
         device=device,
@@ -144,15 +153,15 @@ def load_flamingo_tokenizer(path: str, access: Access) -> Any:
     Raises:
         CkptError: FC454 where there is none that can be read without running its code.
     """
-    import warnings
-
     folder = config_folder(path, access, "tokenizer")
     from transformers import AutoTokenizer
 
+    from flamingo_ckpt.models.assemble import quiet_libraries
+
     try:
-        with warnings.catch_warnings():
-            # transformers leaves files open for the garbage collector
-            warnings.simplefilter("ignore", ResourceWarning)
+        # It leaves files open for the garbage collector, and wonders at a language model's config
+        # beside the tokenizer whose type it does not know.
+        with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -188,6 +197,13 @@ def _check_options(options: dict[str, Any]) -> None:
             + "; flamingo_kwargs may be "
             + ", ".join(f"'{name}'" for name in _OPTIONS)
         )
+    for name, choices in _CHOICES.items():
+        if name in options and options[name] not in choices:
+            raise TypeError(f"`{name}` is {options[name]!r}, not one of {choices}")
+    for name in ("vis_dim", "max_num_frames"):
+        value = options.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise TypeError(f"`{name}` is {value!r}, not a number from 1")
 
 
 def _check_interval(every: int, layers: nn.Module) -> None:

@@ -146,11 +146,28 @@ def _take_generation_config(module: Any, folder: str, data: Mapping[str, Any]) -
         return
     path = os.path.join(folder, "generation_config.json")
     if os.path.isfile(path):
-        module.generation_config = GenerationConfig.from_dict(read_json(path))
+        document = read_json(path)
+        try:
+            module.generation_config = GenerationConfig.from_dict(
+                {name: value for name, value in document.items() if not _is_no_token(name, value)}
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CkptError(
+                "the generation config cannot be used: "
+                + escape((str(error).splitlines() or [""])[0])[:300],
+                code="FC401",
+                where=path,
+                hint="correct it, or remove the file",
+            ) from error
         return
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if isinstance(data.get(name), int):
+        if isinstance(data.get(name), int) and not _is_no_token(name, data[name]):
             setattr(module.generation_config, name, data[name])
+
+
+def _is_no_token(name: str, value: object) -> bool:
+    """LLaMA 1 says -1 where it has no such token."""
+    return name.endswith("_token_id") and isinstance(value, int) and value < 0
 
 
 def resize_rows(module: Any, num_rows: int) -> None:

@@ -30,7 +30,5 @@ def parts_by_name(targets: Sequence[Target], known: Mapping[str, str]) -> dict[s
 
 
 def _part(target: Target) -> str:
-    parts = (
-        part for name in target.names for form, part in _PARTS.items() if re.match(form, name)
-    )
+    parts = (part for name in target.names for form, part in _PARTS.items() if re.match(form, name))
     return next(parts, "")

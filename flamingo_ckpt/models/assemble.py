@@ -50,7 +50,7 @@ def assemble(
         import_torchvision()
         import torch
 
-        with _quiet_libraries(), torch.device(device), torch.no_grad():
+        with quiet_libraries(), torch.device(device), torch.no_grad():
             return _MAKERS[layout](config, layout, attn_implementation)
     except CkptError as error:
         raise error.at(config.where) from None
@@ -70,7 +70,7 @@ def assemble(
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No advice of the libraries about their own defaults: nobody here chose them."""
     from transformers.utils import logging as advice
 
@@ -85,7 +85,9 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    """What it says; where the first line only announces it, the next one too."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
 def language_config(config: ModelConfig) -> tuple[dict[str, Any], Family | None, str]:

@@ -49,6 +49,14 @@ class Family:
         return LANGUAGE_FAMILIES[self.name].layers
 
 
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+#: Names of transformers 4 -> those in version 5's `rope_parameters`.
+_ROTARY = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "partial_rotary_factor": "partial_rotary_factor",
+}
 #: What both of MosaicML's families have in one form here, training included.
 _MOSAIC_FIXED: Mapping[str, Any] = {
     "no_bias": True,
@@ -203,6 +211,7 @@ def check_language(text: Fields, family: Family | None) -> int | None:
         CkptError: FC401, FC402 for fields that are missing, wrong or contradict each other.
     """
     text.flag("tie_word_embeddings")
+    _check_arithmetic(text)
     if family is None:
         return _check_by_hand(text)
     width = text.integer(family.hidden_size)
@@ -215,6 +224,29 @@ def check_language(text: Fields, family: Family | None) -> int | None:
         text.divisible(family.hidden_size, width, family.num_heads, heads)
     _check_optional(text, family, heads)
     return layers
+
+
+def _check_arithmetic(text: Fields) -> None:
+    """Numbers that no tensor shows, and the two places that rotary embeddings may have them in.
+
+    Of two that differ transformers takes the one in `rope_parameters`, and says nothing.
+    """
+    for name in (*_EPSILONS, *_ROTARY):
+        value = text.data.get(name)
+        if value is not None and not _is_positive(value):
+            raise text.wrong(name, value, "a positive number")
+    for name, inner in _ROTARY.items():
+        value, other = text.data.get(name), lookup(text.data, f"rope_parameters.{inner}")
+        if value is not None and _is_positive(other) and value != other:
+            raise text.contradiction(
+                f"`{text.path}{name}` is {value}, but `{text.path}rope_parameters.{inner}` is "
+                f"{other}",
+                "remove the one that the model was not trained with",
+            )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _check_by_hand(text: Fields) -> int | None:

@@ -8,6 +8,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ from tests.loading.flamingo_files import (
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 from tests.zoo_lms import LANG_DIM, WORDS, language_model
 
+_PLACES = (
+    "clip_vision_encoder_path",
+    "clip_vision_encoder_pretrained",
+    "lang_encoder_path",
+    "tokenizer_path",
+)
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 
 
@@ -138,6 +145,23 @@ def test_tokens_are_added_once_and_those_there_stay_special(tmp_path: Path) -> N
     tokenizer = load_flamingo_tokenizer(with_pad, Access())
     assert tokenizer.pad_token == "<mine>"
     assert len(tokenizer) == WORDS + 2
+
+
+def test_a_language_model_that_transformers_does_not_know_is_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on the hub: the tokenizer lies beside the config of MPT-1B."""
+    import logging
+
+    path = save_tokenizer(tmp_path / "lm")
+    (path / "config.json").write_text('{"model_type": "mosaic_gpt", "d_model": 48}')
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        load_flamingo_tokenizer(str(path), Access())
+    finally:
+        library.removeHandler(caplog.handler)
+    assert caplog.text == ""
 
 
 def test_a_tokenizer_that_ends_every_text(tmp_path: Path) -> None:
@@ -256,3 +280,28 @@ def test_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = model(tokens, labels, labels=labels)
     output.loss.backward()
     assert all(one.grad is not None for one in model.perceiver.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_implementation": "flash"},
+        {"force_quick_gelu": "no"},
+        {"max_num_frames": 0},
+        {"max_num_frames": True},
+        {"vis_dim": "1024"},
+    ],
+)
+def test_options_are_checked_before_anything_is_read(options: dict[str, Any]) -> None:
+    nowhere = dict.fromkeys(_PLACES, "/nowhere/at/all")
+    with pytest.raises(TypeError, match=f"`{next(iter(options))}` is "):
+        create(nowhere, **options)
+
+
+def test_places_may_be_path_objects(tmp_path: Path) -> None:
+    parts: dict[str, Any] = save_parts("llama", tmp_path)
+    wanted = create(parts).state_dict()
+    paths = {name: Path(parts[name]) for name in _PLACES if parts[name]}
+    found = create(parts | paths).state_dict()
+    frozen = [name for name in wanted if name.startswith(("vision_encoder", "lang_encoder.model"))]
+    assert all(torch.equal(found[name], wanted[name]) for name in frozen if "gated" not in name)

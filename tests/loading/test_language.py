@@ -151,3 +151,20 @@ def test_generate_goes_by_the_folders_own_settings(tmp_path: Path) -> None:
     assert (settings.pad_token_id, settings.eos_token_id, settings.max_length) == (7, [1, 2], 33)
     path.write_text("{")
     refused("FC401", create, parts)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"max_new_tokens": -5}'])
+def test_a_generation_config_that_is_none(content: str, tmp_path: Path) -> None:
+    parts = save_parts("llama", tmp_path)
+    path = Path(parts["lang_encoder_path"], "generation_config.json")
+    path.write_text(content)
+    assert refused("FC401", create, parts).where == str(path)
+
+
+def test_a_token_of_minus_one_is_no_token(tmp_path: Path) -> None:
+    """LLaMA 1 writes it; as a filler of rows it would be an index out of range."""
+    parts = save_parts("llama", tmp_path)
+    path = Path(parts["lang_encoder_path"], "generation_config.json")
+    path.write_text('{"pad_token_id": -1, "bos_token_id": 1}')
+    settings = create(parts).lang_encoder.generation_config
+    assert (settings.pad_token_id, settings.bos_token_id) == (WORDS + 2, 1)

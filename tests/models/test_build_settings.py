@@ -225,3 +225,32 @@ def test_flamingo_of_a_built_tower_is_upstreams() -> None:
         tower: Any = model.vision_encoder
         tower.final_ln_after_pool = False
         assert float((model(**inputs).logits - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "code"),
+    [
+        ("llama", {"rope_theta": "500000"}, "FC401"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "FC401"),
+        ("gpt_neox", {"rotary_pct": 0}, "FC401"),
+        ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC402"),
+        ("gpt_neox", {"rotary_emb_base": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC402"),
+        (
+            "gpt_neox",
+            {"rotary_pct": 0.25, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "FC402",
+        ),
+    ],
+)
+def test_numbers_that_no_tensor_shows(family: str, text: dict[str, Any], code: str) -> None:
+    """Of two places transformers takes one without a word; a text would be the default."""
+    with pytest.raises(CkptError) as caught:
+        parse_config(tiny(family, **text), "config.json")
+    assert caught.value.code == code
+    assert f"`text_config.{next(iter(text))}` is" in caught.value.message
+
+
+def test_why_a_class_refuses_a_config() -> None:
+    config = parse_config(tiny("llama", attention_dropout="much"), "config.json")
+    with pytest.raises(CkptError, match=r"'attention_dropout'.*expected"):
+        build(config, device="meta")

@@ -320,7 +320,7 @@ def test_a_cache_of_another_kind_is_refused() -> None:
         "lang_x": torch.tensor([[5, MEDIA_TOKEN, 6]]),
         "attention_mask": torch.ones(1, 3, dtype=torch.long),
     }
-    with pytest.raises(ValueError, match="`cache_params`.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"`cache_params`.*use_cache=False"):
         model.generate(**inputs, **ENDLESS)
     found = model.generate(**inputs, **ENDLESS, use_cache=False)
     assert torch.equal(found, greedy(model, inputs))

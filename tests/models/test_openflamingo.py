@@ -238,6 +238,8 @@ def test_any_encoder_that_gives_tokens() -> None:
     assert logits.shape == (2, 2, 93)
     with pytest.raises(ValueError, match=r"has the shape \(2, 3, 50\)"):
         model.encode_vision(torch.randn(2, 3, 50))
+    with pytest.raises(ValueError, match=r"\(2, 0, 1, 7, 50\): no image"):
+        model.encode_vision(torch.randn(2, 0, 1, 7, 50))
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_another_does() -> None:
