@@ -31,13 +31,13 @@ class Source:
     Attributes:
         name: what its loss is called.
         batches: each the arguments of the model: `vision_x [B, T_img, F, C, H, W]`, and
-            `lang_x`, `attention_mask`, `labels`, all `[B, T]`. Of several, the loss is the mean:
-            gradients are accumulated.
+            `lang_x`, `attention_mask`, `labels`, all `[B, T]`, or None where the model takes it.
+            Of several, the loss is the mean: gradients are accumulated.
         loss_multiplier: how much its loss counts.
     """
 
     name: str
-    batches: Sequence[Mapping[str, torch.Tensor]]
+    batches: Sequence[Mapping[str, torch.Tensor | None]]
     loss_multiplier: float = 1.0
 
 
@@ -81,8 +81,9 @@ def train_step(
             gradient, so an optimizer with weight decay for the embedding would still move them.
 
     Raises:
-        CkptError: FC464 where there is no batch, two sources have one name, a model gives no loss,
-            or `added` is asked of a model that does not know its tokens.
+        CkptError: FC464 where there is no batch, two sources have one name, a model gives no loss
+            or one that nothing trained has a part in, `embedding_rows` names rows that are not
+            there, or `added` is asked of a model that does not know its tokens.
     """
     import torch
 
@@ -96,7 +97,7 @@ def train_step(
         for batch in source.batches:
             # What autocast keeps of the weights is freed with the block, before they can change.
             with _autocast(device, autocast_dtype):
-                loss = _loss(model, {key: part.to(device) for key, part in batch.items()})
+                loss = _loss(model, _moved(batch, device))
             share: Any = loss / len(source.batches)
             (share * source.loss_multiplier).backward()
             total += share.detach()
@@ -199,7 +200,11 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: None if part is None else part.to(device) for key, part in batch.items()}
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     import torch
 
     output = model(**batch)
@@ -208,6 +213,11 @@ def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         loss = output[0]
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         raise _refused(f"the {type(model).__name__} gives no loss", "put `labels` into every batch")
+    if not loss.requires_grad:
+        raise _refused(
+            "the loss depends on nothing that is trained",
+            "let a parameter of the model require a gradient",
+        )
     return loss
 
 
@@ -232,7 +242,7 @@ def _rows(model: nn.Module, wanted: str | Sequence[int]) -> list[int] | None:
     if weight is None or not weight.requires_grad or wanted == "all":
         return None
     if not isinstance(wanted, str):
-        return list(wanted)
+        return _checked_rows(wanted, int(weight.shape[0]))
     flamingo = _flamingo(model)
     rows = [getattr(flamingo, name, None) for name in ("media_token_id", "eoc_token_id")]
     if wanted != "added" or None in rows:
@@ -241,6 +251,14 @@ def _rows(model: nn.Module, wanted: str | Sequence[int]) -> list[int] | None:
             "give the ids of the added tokens, or 'all'",
         )
     return [int(row) for row in rows if row is not None]
+
+
+def _checked_rows(wanted: Sequence[int], num_rows: int) -> list[int]:
+    rows = [int(row) for row in wanted]
+    strange = [row for row in rows if not 0 <= row < num_rows]
+    if strange:
+        raise _refused(f"`embedding_rows` has {strange[0]}, and the rows are 0 to {num_rows - 1}")
+    return rows
 
 
 def _keep_rows(weight: Any, rows: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": GROUND | {"formats", "layouts"},
     "convert": GROUND | {"formats", "layouts", "plan", "stream", "write_plan", ""},
     "verify": GROUND | {"formats", "layouts", "plan", "stream"},
-    "models": GROUND | {"layouts", ""},
+    "models": GROUND | {"layouts", "formats", ""},
     "hub": GROUND,
     "loading": GROUND
     | {"formats", "layouts", "plan", "selection", "stream", "write_plan", "models", "hub"}

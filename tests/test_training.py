@@ -161,6 +161,32 @@ def test_only_the_rows_of_the_added_tokens_change() -> None:
     assert len(changed_rows(support.flamingo(), embedding_rows="all")) > 10
 
 
+def test_rows_that_are_not_there_are_refused() -> None:
+    """A negative one would be a row from the end."""
+    for rows in ([5, 96], [-1]):
+        with pytest.raises(CkptError, match=f"has {rows[-1]}, and the rows are 0 to 95") as caught:
+            changed_rows(support.flamingo(), embedding_rows=rows)
+        assert caught.value.code == "FC464"
+    rows = torch.tensor([EOC_TOKEN, MEDIA_TOKEN])
+    assert changed_rows(support.flamingo(), embedding_rows=rows) == [EOC_TOKEN, MEDIA_TOKEN]
+
+
+def test_a_batch_may_have_no_mask() -> None:
+    model, batch = support.flamingo(), support.captions()
+    source = Source(name="captions", batches=[{**batch, "attention_mask": None}])
+    assert train_step(model, support.optimizer(model)[0], [source]).stepped
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
+    model = support.flamingo()
+    run = support.optimizer(model)[0]
+    model.requires_grad_(False)
+    source = Source(name="captions", batches=[support.captions()])
+    with pytest.raises(CkptError, match="depends on nothing that is trained") as caught:
+        train_step(model, run, [source])
+    assert caught.value.code == "FC464"
+
+
 def test_a_frozen_embedding_needs_no_tokens() -> None:
     model = support.flamingo()
     support.freeze(model, embedding=False)

@@ -18,6 +18,7 @@ from flamingo_ckpt.loading.buffers import (
 from flamingo_ckpt.loading.file_grid import file_grid
 from flamingo_ckpt.loading.fill import becomes_new, fill
 from flamingo_ckpt.loading.match import Matching, match
+from flamingo_ckpt.loading.memory import check_memory
 from flamingo_ckpt.loading.options import LoadOptions
 from flamingo_ckpt.loading.policy import judge
 from flamingo_ckpt.loading.report import LoadReport
@@ -25,6 +26,7 @@ from flamingo_ckpt.loading.resize import position_tables
 from flamingo_ckpt.loading.targets import (
     Target,
     describe_module,
+    extra_state_of,
     own_ways_of_loading,
     targets_of,
 )
@@ -72,7 +74,9 @@ def load_into(
         if isinstance(source, Manifest)
         else open_checkpoint(os.fspath(source), wrapper_key=options.wrapper_key)
     )
+    _check_device(options)
     targets, places = targets_of(module), _places(module)
+    check_memory(module, targets, lambda target: becomes_new(target, options))
     keeps = any(strip_wrappers(name)[1] for target in targets for name in target.names)
     chosen = choose_tensors(
         manifest,
@@ -103,6 +107,7 @@ def load_into(
         options,
         report,
         tables=tables,
+        extra_state=extra_state_of(module),
         computable=computable_buffers(module),
         hopeless=(*hopeless_buffers(module), *_unreachable(targets, places, options)),
     )
@@ -116,8 +121,30 @@ def load_into(
     return replace(verdict.report, num_mapped=filled.num_mapped)
 
 
+def _check_device(options: LoadOptions) -> None:
+    """Refuse a device that is none, and the one on which nothing can be kept."""
+    import torch
+
+    if options.device is None:
+        return
+    try:
+        is_meta = torch.device(options.device).type == "meta"
+    except RuntimeError as error:
+        raise CkptError(
+            f"`{options.device}` is no device of torch",
+            code="FC006",
+            hint="`cpu`, `cuda`, `cuda:1`, `mps`",
+        ) from error
+    if is_meta:
+        raise CkptError(
+            "nothing can be loaded onto the device `meta`: it keeps no values",
+            code="FC006",
+            hint="`cpu`, `cuda`, `cuda:1`, `mps`",
+        )
+
+
 def _hook_findings(module: nn.Module) -> list[Finding]:
-    """A module may rename or change what it is given in `load_state_dict`, which is not called."""
+    """What a module does of its own in `load_state_dict`, which is not called."""
     ways = own_ways_of_loading(module)
     if not ways:
         return []
@@ -125,8 +152,8 @@ def _hook_findings(module: nn.Module) -> list[Finding]:
         Finding(
             code="FC438",
             severity="warning",
-            detail=f"{len(ways)} submodules change a state dict as they load it, which is not "
-            "done here: " + name_some(ways, 3),
+            detail=f"{len(ways)} submodules do something of their own when they load a state "
+            "dict, which is not done here: " + name_some(ways, 3),
             hint="save the model's own state dict, whose names and values need no change",
         )
     ]

@@ -82,7 +82,7 @@ def _missing_prefix(unexpected: Sequence[str], targets: Sequence[Target]) -> str
             if len(parts) > depth and ".".join(parts[depth:]) in ours:
                 prefix = ".".join(parts[:depth])
                 cut[prefix] = cut.get(prefix, 0) + 1
-        for prefix, count in cut.items():
+        for prefix, count in sorted(cut.items(), key=lambda one: -one[1])[:1]:
             if 2 * count > len(ours):
                 return (
                     f"{count} names fit without `{escape(prefix)}.`: load into the part of a model "
@@ -115,6 +115,11 @@ def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> 
         return (
             "the gated cross-attention blocks are at other layers: build the model with the "
             "checkpoint's interval (`cross_attn_every_n_layers`; `inspect` shows it)"
+        )
+    if any(key.endswith("_extra_state") for key in report.missing_keys):
+        return (
+            "what modules keep beside their tensors is not read from a file: `strict=False`, and "
+            "`set_extra_state` where it matters"
         )
     if report.left_on_meta and not report.missing_keys and not report.unexpected_keys:
         return (

@@ -104,10 +104,13 @@ def _config(folder: str, layers: str | None) -> ModelConfig:
 def _build(config: ModelConfig) -> tuple[nn.Module, str]:
     import torch
 
+    from flamingo_ckpt.loading.buffers import hopeless_buffers
     from flamingo_ckpt.models.assemble import assemble, language_config
 
     _, _, layers = language_config(config)
     module = assemble(config, "language-model", device="meta")
+    if hopeless_buffers(module):  # of a class that only itself knows how to compute them
+        module = assemble(config, "language-model", device="cpu")
     try:
         decoders = module.get_submodule(layers)
     except AttributeError:

@@ -30,6 +30,11 @@ _PARTED = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "d"})
 _GUESTS = frozenset(
     "params param_names initial_lr max_lr min_lr base_momentum max_momentum swa_lr".split()
 )
+#: What versions of torch have added to the groups of optimizers that were there before.
+_ADDED = frozenset(
+    "maximize foreach capturable differentiable fused decoupled_weight_decay".split()
+)
+_SAME_KIND = "make the optimizer of the same kind as that of the run that is taken up"
 
 
 def fitted_groups(
@@ -64,15 +69,17 @@ def fitted_groups(
         _compare_names(names, group_names(model, optimizer), uri)
     for number, (group, mine) in enumerate(zip(groups, own, strict=True)):
         foreign = sorted(str(key) for key in group.keys() - mine.keys() - _GUESTS)
+        lacking = sorted(str(key) for key in mine.keys() - group.keys() - _GUESTS - _ADDED)
         decoupled = [one.get("decoupled_weight_decay") for one in (group, mine)]
-        if foreign or (None not in decoupled and decoupled[0] != decoupled[1]):
-            what = foreign[0] if foreign else "decoupled_weight_decay"
-            raise _misfit(
-                f"group {number} in the file has `{escape(what)}`, which a "
-                f"{type(optimizer).__name__} has not",
-                uri,
-                "make the optimizer of the same kind as that of the run that is taken up",
-            )
+        if None not in decoupled and decoupled[0] != decoupled[1]:
+            foreign.append("decoupled_weight_decay")
+        kind = type(optimizer).__name__
+        if foreign:
+            what = f"group {number} in the file has `{escape(foreign[0])}`, which a {kind} has not"
+            raise _misfit(what, uri, _SAME_KIND)
+        if lacking:
+            what = f"group {number} in the file has no `{lacking[0]}`, which a {kind} has"
+            raise _misfit(what, uri, _SAME_KIND)
     # What later versions of torch added keeps the value that this optimizer has.
     return [{**mine, **group} for group, mine in zip(groups, own, strict=True)]
 
@@ -99,6 +106,7 @@ def fitted_state(
     found: dict[int, Any] = {}
     for key, parameter in zip(keys, parameters, strict=True):
         if key in state:
+            _check_kind(state[key], optimizer, f"state.{key}", uri)
             _check_shapes(state[key], parameter, f"state.{key}", uri)
             found[key] = _tensors(state[key], parameter, f"{uri}: state.{key}")
     return found
@@ -122,6 +130,18 @@ def _compare_names(names: Any, own: list[list[str | None]], uri: str) -> None:
                     uri,
                     "give the optimizer the same parameters in the same order",
                 )
+
+
+def _check_kind(
+    entry: Mapping[str, Any], optimizer: torch.optim.Optimizer, path: str, uri: str
+) -> None:
+    """Adamax is the one of torch's whose groups look like those of another (RAdam)."""
+    from torch.optim import Adamax
+
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+    if is_torchs and entry and isinstance(optimizer, Adamax) != ("exp_inf" in entry):
+        kind = type(optimizer).__name__
+        raise _misfit(f"`{path}` in the file is not what a {kind} keeps", uri, _SAME_KIND)
 
 
 def _check_shapes(entry: Mapping[str, Any], parameter: torch.Tensor, path: str, uri: str) -> None:

@@ -60,6 +60,7 @@ def judge(
     report: LoadReport,
     *,
     tables: Mapping[str, PositionTable],
+    extra_state: Sequence[str] = (),
     computable: frozenset[str] = frozenset(),
     hopeless: Sequence[str] = (),
 ) -> Verdict:
@@ -72,6 +73,7 @@ def judge(
         options: what the caller accepts.
         report: with the names of the two sides.
         tables: of positions, by name.
+        extra_state: keys of what the module keeps beside its tensors; never filled.
         computable: buffers on meta that can be computed, by name.
         hopeless: what is on meta and can get no content from anywhere.
 
@@ -83,7 +85,7 @@ def judge(
     hints.refuse_other_family(matching, report)
     found = _sort(matching, targets, tensors, options)
     resized, mismatched = _shapes(matching, tables, options, report)
-    cast = _casts(matching, options, report)
+    cast = _casts(matching, tensors, options, report)
     on_meta = [
         target.key
         for target in (*found.missing, *found.kept)
@@ -98,7 +100,10 @@ def judge(
         num_bytes=sum(load.step.num_bytes for load in matching.loads),
         cast=cast,
         resized=tuple(resized.values()),
-        missing_keys=tuple(key for target in found.missing for key in target.keys),
+        missing_keys=(
+            *(key for target in found.missing for key in target.keys),
+            *(key for key in extra_state if key not in options.may_miss),
+        ),
         unexpected_keys=tuple(found.unexpected),
         mismatched=mismatched,
         left_on_meta=(*on_meta, *hopeless),
@@ -110,7 +115,7 @@ def judge(
     report = replace(report, findings=(*report.findings, *_findings(report)))
     _refuse_accident(matching, targets, found, report)
     is_wrong = mismatched or matching.faults or report.left_on_meta
-    if is_wrong or (not is_lenient and (found.missing or found.unexpected)):
+    if is_wrong or (not is_lenient and (report.missing_keys or report.unexpected_keys)):
         raise _does_not_fit(matching, report, options)
     return Verdict(
         loads=matching.loads, resized=resized, zeros=tuple(found.zero_targets), report=report
@@ -175,8 +180,9 @@ def absent_by_design(matching: Matching, targets: Sequence[Target]) -> dict[str,
     """Module key -> base, of what a partial Flamingo checkpoint leaves to its bases.
 
     The vision tower and the decoder layers are absent as a whole or not by design. What else a
-    language model has goes by itself (training with FSDP saves the head and leaves out the last
-    norm). An input embedding is a base's only where it is frozen.
+    language model has goes by itself (training with FSDP saves the head, and the layers too, and
+    leaves out the last norm): where the layers are in the file, only if the tower is not, for such
+    a file is whole. An input embedding is a base's only where it is frozen.
     """
     if matching.model is None or matching.model.layout.space != "flamingo":
         return {}
@@ -190,7 +196,8 @@ def absent_by_design(matching: Matching, targets: Sequence[Target]) -> dict[str,
         base = BASE_OF_GROUP.get(group, "")
         if group == "lm.embed":
             base = "language" if not any(one.tensor.requires_grad for one in missing) else ""
-        is_whole = ("lm.layers" if group in ("lm.rest", "lm.embed") else group) not in have
+        needs = "lm.layers" if group in ("lm.rest", "lm.embed") else group
+        is_whole = needs not in have or (group == "lm.rest" and "vision" not in have)
         if base and is_whole:
             found |= {target.key: base for target in missing}
     return found
@@ -240,19 +247,30 @@ def _resize(
 
 
 def _casts(
-    matching: Matching, options: LoadOptions, report: LoadReport
+    matching: Matching,
+    tensors: Mapping[str, TensorInfo],
+    options: LoadOptions,
+    report: LoadReport,
 ) -> dict[str, tuple[str, str]]:
-    """Casts as torch does them on copying; integers are no floating-point weights."""
+    """Casts as torch does them on copying; quantized numbers are no floating-point weights."""
     cast: dict[str, tuple[str, str]] = {}
+    scaled = _with_scales(tensors)
     for load in matching.loads:
         src, dst = load.step.dtype, wanted_dtype(load, options)
         if src.name == dst:
             continue
-        is_quantized = load.target.is_parameter and not src.is_real_float
+        is_narrow = src.bits < 16 and not scaled.isdisjoint(load.keys)
+        is_quantized = load.target.is_parameter and (not src.is_real_float or is_narrow)
         if is_quantized or src.torch is None:
+            is_complex = str(src.torch).startswith("complex")
+            why = (
+                "its imaginary parts would be lost"
+                if is_complex
+                else "quantized weights need their scales"
+            )
             raise LoadError(
                 f"`{escape(load.keys[0])}` is {src}, and `{load.target.key}` of {report.model} is "
-                f"{load.target.dtype}: quantized weights need their scales",
+                f"{load.target.dtype}: {why}",
                 report=report,
                 code="FC437",
                 where=report.uri,
@@ -261,6 +279,22 @@ def _casts(
             )
         cast[load.target.key] = (src.name, dst)
     return cast
+
+
+def _with_scales(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Keys of weights of 8 bits beside which the file has scales: `weight`, `weight_scale_inv`."""
+    scales: dict[str, list[str]] = {}
+    for key in tensors:
+        place, _, leaf = key.rpartition(".")
+        if "scale" in leaf:
+            scales.setdefault(place, []).append(leaf)
+    found: set[str] = set()
+    for key, tensor in tensors.items():
+        place, _, leaf = key.rpartition(".")
+        forms = f"{leaf}_scale", f"scale_{leaf}"
+        if tensor.dtype.bits < 16 and any(one.startswith(forms) for one in scales.get(place, ())):
+            found.add(key)
+    return found
 
 
 def wanted_dtype(load: Load, options: LoadOptions) -> str:

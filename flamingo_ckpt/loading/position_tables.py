@@ -70,8 +70,17 @@ _Hit: TypeAlias = tuple[str, PositionTable] | None
 def _shape_of(part: nn.Module, name: str) -> tuple[int, ...] | None:
     """The shape of a parameter or buffer of `part` itself, None where it has none."""
     # not by getattr: a compiled module answers for the one inside
-    tensor = part._parameters.get(name, part._buffers.get(name))
-    return None if tensor is None else tuple(tensor.shape)
+    for slots in (part._parameters, part._buffers):
+        if name in slots:
+            tensor = slots[name]
+            return None if tensor is None else tuple(tensor.shape)
+    return None
+
+
+def _child(part: nn.Module, name: str) -> nn.Module | None:
+    """A submodule of `part` itself."""
+    # those of a scripted module have no `get`
+    return part._modules[name] if name in part._modules else None  # noqa: SIM401
 
 
 def _pair(size: Any) -> Grid | None:
@@ -154,7 +163,7 @@ def _timm(part: nn.Module) -> _Hit:
     shape = _shape_of(part, name)
     if shape is None:
         return None
-    patches = part._modules.get("patch_embed")
+    patches = _child(part, "patch_embed")
     if patches is None:
         table = _image(shape, _pair(getattr(part, "feat_size", None)), (1,))
     else:
@@ -179,7 +188,7 @@ def _timm_naflex(part: nn.Module) -> _Hit:
 
 def _hf_embeddings(part: nn.Module) -> _Hit:
     """The embeddings of transformers' CLIP and SigLIP, vision and text."""
-    inner = part._modules.get("position_embedding")
+    inner = _child(part, "position_embedding")
     shape = None if inner is None else _shape_of(inner, "weight")
     if shape is None or len(shape) != 2:
         return None

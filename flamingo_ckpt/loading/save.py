@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# Of files: whoever names one does not want a folder of that name.
+_OTHER_SUFFIXES = frozenset(".ckpt .tar .pkl .pickle .th .h5 .msgpack .safetensor".split())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
@@ -148,6 +151,14 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
 
 def _check_options(dst: str, is_training: bool, dtype: str, metadata: Mapping[str, str]) -> None:
     format, is_folder = choose_format(dst, None)
+    suffix = os.path.splitext(dst)[1].lower()
+    if is_folder and suffix in _OTHER_SUFFIXES:
+        raise CkptError(
+            f"`{dst}` ends in `{suffix}`, the name of a file of a format that is not written",
+            code="FC006",
+            where=dst,
+            hint="end it in .pt or .safetensors; a name without a suffix is that of a folder",
+        )
     if is_training and (format != "torch" or is_folder):
         raise CkptError(
             f"`{dst}` cannot hold the state of an optimizer, a scheduler or an epoch",

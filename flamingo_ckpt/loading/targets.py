@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_EXTRA_STATE = "_extra_state"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
@@ -68,13 +70,13 @@ def targets_of(module: nn.Module) -> tuple[Target, ...]:
     state = {
         key: value
         for key, value in module.state_dict(keep_vars=True).items()
-        if not key.endswith("_extra_state")
+        if not key.endswith(_EXTRA_STATE)
     }
     names = _bare_names(state)
     groups: dict[tuple[object, ...], list[str]] = {}
     for key, tensor in state.items():
         _check_kind(key, tensor, module)
-        groups.setdefault(_identity(tensor), []).append(key)
+        groups.setdefault(identity(tensor), []).append(key)
     return tuple(
         _target([state[key] for key in keys], keys, [names[key] for key in keys])
         for keys in groups.values()
@@ -91,8 +93,13 @@ def describe_module(module: nn.Module) -> str:
     return name.removeprefix("FSDP") or name
 
 
+def extra_state_of(module: nn.Module) -> tuple[str, ...]:
+    """Keys of what modules keep beside their tensors (`get_extra_state`), which no load fills."""
+    return tuple(key for key in module.state_dict(keep_vars=True) if key.endswith(_EXTRA_STATE))
+
+
 def own_ways_of_loading(module: nn.Module) -> list[str]:
-    """Paths of submodules that change a state dict while `load_state_dict` loads it.
+    """Paths of submodules that do something of their own when `load_state_dict` loads them.
 
     Those of torch itself only check or gather, and are not told.
     """
@@ -100,9 +107,15 @@ def own_ways_of_loading(module: nn.Module) -> list[str]:
 
     found: list[str] = []
     for path, part in module.named_modules():
-        hooks = [getattr(one, "hook", one) for one in part._load_state_dict_pre_hooks.values()]
-        method = type(part)._load_from_state_dict
-        ways = [*hooks, *([method] if method is not nn.Module._load_from_state_dict else [])]
+        kind = type(part)
+        ways: list[Any] = [
+            *(getattr(one, "hook", one) for one in part._load_state_dict_pre_hooks.values()),
+            *part._load_state_dict_post_hooks.values(),
+        ]
+        if kind._load_from_state_dict is not nn.Module._load_from_state_dict:
+            ways.append(kind._load_from_state_dict)
+        if not path and kind.load_state_dict is not nn.Module.load_state_dict:
+            ways.append(kind.load_state_dict)
         if any(not str(getattr(way, "__module__", "")).startswith("torch.") for way in ways):
             found.append(strip_wrappers(path)[0] or describe_module(part))
     return found
@@ -134,13 +147,20 @@ def _bare_names(state: Mapping[str, Any]) -> dict[str, str]:
     return {key: key for key in state} if twice else bare
 
 
-def _identity(tensor: Any) -> tuple[object, ...]:
+def identity(tensor: Any) -> tuple[object, ...]:
     """Equal for two names of one tensor."""
     if tensor.device.type == "meta" or is_distributed(tensor) or tensor.numel() == 0:
         return (id(tensor),)
     # two Parameters over one storage are tied as well
     where = (tensor.data_ptr(), str(tensor.device))
     return (*where, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _is_put_together(tensor: Any) -> bool:
+    """Whether it is a tensor by its class alone, and made of others, as quantized ones are."""
+    import torch
+
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _check_kind(key: str, tensor: Any, module: nn.Module) -> None:
@@ -155,6 +175,7 @@ def _check_kind(key: str, tensor: Any, module: nn.Module) -> None:
             hint="shard with FSDP2 (`fully_shard`), or load before wrapping",
         )
     known = isinstance(tensor, torch.Tensor) and not torch.nn.parameter.is_lazy(tensor)
+    known = known and (is_distributed(tensor) or not _is_put_together(tensor))
     dtype = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
     if not known or tensor.layout is not torch.strided or dtype not in TORCH_DTYPES:
         kind = type(tensor).__name__ + (f" ({dtype})" if dtype else "")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flamingo_ckpt import hub
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.loading.image_processor import image_processor, preprocess_of
 from flamingo_ckpt.loading.places import (
     HF_WEIGHTS,
     HUB_PREFIX,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
-#: Of an image's resize, as preprocessors of transformers number it (PIL's numbers).
-_RESAMPLE: Final[Mapping[int, str]] = {2: "bilinear", 3: "bicubic"}
 #: What to call the tower, and how its keys begin in a file: open_clip and OpenAI, transformers, a
 #: whole Flamingo of OpenFlamingo's.
 _PREFIXES: Final = (
@@ -265,28 +264,19 @@ def _of_transformers(folder: str) -> _Source:
     vision = config.data["vision_config"] if config.kind == "clip" else config.data
     path = os.path.join(folder, "preprocessor_config.json")
     model = {
-        "embed_dim": vision.get("projection_dim") or config.data.get("projection_dim") or 512,
+        # CLIPModel goes by the outer one; LAION's configs have another one inside
+        "embed_dim": config.data.get("projection_dim") or 512,
         "quick_gelu": is_quick_gelu(vision, "", config.where),
         "vision_cfg": open_clip_vision(vision),
     }
     return _Source(
         model=model,
-        preprocess=_preprocess(read_json(path)) if os.path.isfile(path) else {},
+        preprocess=preprocess_of(read_json(path), path) if os.path.isfile(path) else {},
         weights=None,
         where=config.where,
         has_projection=config.kind == "clip"
         or "CLIPVisionModelWithProjection" in (config.data.get("architectures") or []),
     )
-
-
-def _preprocess(document: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's words for what a preprocessor of transformers does."""
-    given = {
-        "mean": document.get("image_mean"),
-        "std": document.get("image_std"),
-        "interpolation": _RESAMPLE.get(document.get("resample", 3)),
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 # --- the module -----------------------------------------------------------------------------------
@@ -308,8 +298,11 @@ def _build(source: _Source, *, on_meta: bool) -> nn.Module:
         "vision_cfg": dict(source.model["vision_cfg"]),
         "text_cfg": smallest,
     }
-    with torch.device("meta") if on_meta else contextlib.nullcontext():
-        tower: Any = open_clip_model(data).get_submodule("visual")
+    try:
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            tower: Any = open_clip_model(data).get_submodule("visual")
+    except Exception as error:  # whatever open_clip makes of fields that it does not know
+        raise _unusable("the vision tower cannot be constructed", "FC405", source, error) from error
     if not source.has_projection:
         tower.proj = None  # nothing uses it, and there is nothing to put in
     tower.output_tokens = True
@@ -354,10 +347,13 @@ def _fill(module: nn.Module, source: _Source, device: str | torch.device | None)
     for holder, prefixes in _PREFIXES:
         if any(name.startswith(prefixes) for name in names):
             module = nn.ModuleDict({holder: module})
-            include = tuple(f"*{prefix}*" for prefix in prefixes)
-            load_into(module, manifest, LoadOptions(device=device, include=include))
-            return
-    load_into(module, manifest, LoadOptions(device=device))
+            include: tuple[str, ...] = tuple(f"*{prefix}*" for prefix in prefixes)
+            break
+    else:
+        include = ()
+    report = load_into(module, manifest, LoadOptions(device=device, include=include))
+    for table in report.resized:
+        _logger.warning("`%s`: %s", source.where, table.as_finding().detail)
 
 
 def _width(model: Mapping[str, Any]) -> int:
@@ -374,14 +370,12 @@ def _vision_config(source: _Source) -> Mapping[str, Any]:
 
 
 def _processor(source: _Source) -> Any:
-    """open_clip's own preprocessing for evaluation."""
-    from open_clip.transform import (  # type: ignore[import-untyped]
-        PreprocessCfg,
-        image_transform_v2,
-        merge_preprocess_dict,
-    )
+    try:
+        return image_processor(source.preprocess, source.model["vision_cfg"].get("image_size", 224))
+    except Exception as error:  # open_clip asserts its choices
+        raise _unusable("the image preprocessing is not one", "FC401", source, error) from error
 
-    size = source.model["vision_cfg"].get("image_size", 224)
-    given = {name: value for name, value in source.preprocess.items() if name != "size"}
-    settings = merge_preprocess_dict(PreprocessCfg(), {**given, "size": size})
-    return image_transform_v2(PreprocessCfg(**settings), is_train=False)
+
+def _unusable(what: str, code: str, source: _Source, error: Exception) -> CkptError:
+    reason = escape(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")[:300]
+    return CkptError(f"{what}: {reason}", code=code, where=escape(source.where))

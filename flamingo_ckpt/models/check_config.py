@@ -123,6 +123,7 @@ def check_clip_vision(fields: Fields, data: dict[str, Any]) -> None:
 def check_open_clip(fields: Fields, data: dict[str, Any]) -> None:
     """open_clip's own form: `embed_dim`, `vision_cfg`, `text_cfg`."""
     fields.integer("embed_dim")
+    fields.flag("quick_gelu")
     for name in ("multimodal_cfg", "audio_cfg"):
         if fields.data.get(name):
             raise fields.error(f"`{name}` is set: only CLIP and CustomTextCLIP are built", "FC405")

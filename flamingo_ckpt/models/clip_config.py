@@ -33,6 +33,8 @@ _ACTIVATIONS: Mapping[str, tuple[bool, dict[str, Any] | None]] = {
     "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
 }
 _EPSILON = 1e-5
+#: `eos_token_id` of transformers' CLIP that stands for no token: pool at the highest.
+_HIGHEST = 2
 
 
 def is_quick_gelu(tower: Mapping[str, Any], path: str, where: str) -> bool:
@@ -86,8 +88,17 @@ def open_clip_config(data: Mapping[str, Any], where: str = "") -> dict[str, Any]
             "heads": text["num_attention_heads"],
             "context_length": text["max_position_embeddings"],
             "vocab_size": text["vocab_size"],
+            **_pooling(text),
         },
     }
+
+
+def _pooling(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Where open_clip's text tower pools: at the highest token unless it is told another."""
+    end = text.get("eos_token_id", _HIGHEST)
+    if end in (_HIGHEST, text["vocab_size"] - 1) or type(end) is not int:
+        return {}
+    return {"pool_type": "eos", "eos_id": end}
 
 
 def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,8 +152,7 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             "num_hidden_layers": text.get("layers", 12),
             "num_attention_heads": text.get("heads", 8),
             "vocab_size": text.get("vocab_size", 49408),
-            # open_clip pools at the highest token; 2 asks transformers for that, as OpenAI's own do
-            "eos_token_id": 2,
+            "eos_token_id": _end_of_text(text, where),
             "bos_token_id": 0,
             "pad_token_id": 1,
             "max_position_embeddings": text.get("context_length", 77),
@@ -150,6 +160,20 @@ def hf_clip_config(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             **_arithmetic(data, "text_cfg", where),
         },
     }
+
+
+def _end_of_text(text: Mapping[str, Any], where: str) -> int:
+    """The token that transformers pools at where open_clip does.
+
+    That is the highest one, which 2 asks for, as OpenAI's own configs do; so a model that means the
+    token 2 (MetaCLIP 2) has no config there.
+    """
+    if text.get("pool_type") != "eos":
+        return _HIGHEST
+    end = text.get("eos_id", 2)
+    if type(end) is not int or end == _HIGHEST:
+        raise _no_counterpart("text_cfg.eos_id", end, where)
+    return end
 
 
 def _arithmetic(data: Mapping[str, Any], part: str, where: str) -> dict[str, Any]:

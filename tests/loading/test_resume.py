@@ -257,6 +257,12 @@ def changed(saved: dict[str, Any], what: str) -> Any:
     if what == "other decay":
         groups[0]["decoupled_weight_decay"] = False
         return "decoupled_weight_decay"
+    if what == "kind without amsgrad":  # RAdam, whose state has the same names
+        del groups[0]["amsgrad"]
+        return "has no `amsgrad`, which a AdamW has"
+    if what == "kind of another state":  # Adamax
+        state[0]["exp_inf"] = state[0].pop("exp_avg_sq")
+        return "`state.0` in the file is not what a AdamW keeps"
     if what == "unknown parameter":
         state[77] = state[0]
         return "knows no"
@@ -277,7 +283,8 @@ def changed(saved: dict[str, Any], what: str) -> Any:
 
 
 WRONG = """no optimizer|no scheduler|fewer parameters|other names|other shape|other optimizer
-other decay|unknown parameter|twice|bad epoch|bad groups|other schedule|no position"""
+other decay|kind without amsgrad|kind of another state
+unknown parameter|twice|bad epoch|bad groups|other schedule|no position"""
 
 
 @pytest.mark.parametrize("what", WRONG.replace("\n", "|").split("|"))

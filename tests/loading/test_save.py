@@ -282,6 +282,7 @@ def test_what_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
         (nn.Linear(2, 2), "FC006", {"epoch": 1, "dtype": "bfloat16"}, "not with bfloat16"),
         (nn.Linear(2, 2), "FC006", {"metadata": {"a": "b"}}, "torch files hold no metadata"),
         (nn.Linear(2, 2), "FC460", {"epoch": "7"}, "the epoch is '7'"),
+        (nn.Linear(2, 2), "FC006", {"path": "a.ckpt"}, "ends in `.ckpt`"),
     ]
     for model, code, options, message in cases:
         path = tmp_path / options.pop("path", "a.pt")

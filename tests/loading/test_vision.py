@@ -203,3 +203,62 @@ def test_a_folder_with_other_weights(tmp_path: Path) -> None:
     assert not close(tokens_of(tower(folder)), expected_tokens())
     assert close(tokens_of(tower(f"local-dir:{folder}", str(path))), expected_tokens())
     refused("FC452", tower, folder, "openai")
+
+
+def test_the_outer_width_of_a_projection_counts(tmp_path: Path) -> None:
+    """Configs of transformers may have another in `vision_config`, which its class ignores."""
+    made = zoo.clip(layers=VISION_LAYERS)
+    vision = made.config["vision_config"] | {"projection_dim": 7}
+    folder = zoo.save_folder(made.hf, made.config | {"vision_config": vision}, tmp_path)
+    assert close(tokens_of(tower(folder)), expected_tokens())
+
+
+def test_positions_of_another_size_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_open_clip(tmp_path)
+    assert tower(folder).module.positional_embedding.shape[0] == 17
+    assert "positions" not in caplog.text
+    path = folder / "open_clip_config.json"
+    path.write_text(path.read_text().replace('"image_size": 32', '"image_size": 64'))
+    assert tower(folder).module.positional_embedding.shape[0] == 65
+    assert "image positions resized from 4x4 to 8x8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        {"resample": 1},
+        {"do_normalize": False},
+        {"do_center_crop": False},
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": [0.5, 0, 0.5]},
+    ],
+)
+def test_a_preprocessor_that_is_not_clips(settings: Any, tmp_path: Path) -> None:
+    """Pictures prepared in another way than the file says would be a silent loss."""
+    made = zoo.clip(layers=VISION_LAYERS)
+    folder = zoo.save_folder(made.hf, made.config, tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    refused("FC401", tower, folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "code"),
+    [
+        ("quick_gelu", "false", "FC401"),
+        ("vision_cfg", {"no_such_field": 1}, "FC405"),
+        ("preprocess_cfg", {"interpolation": "nicest"}, "FC401"),
+        ("preprocess_cfg", {"mean": "grey"}, "FC401"),
+    ],
+)
+def test_an_open_clip_config_with_a_field_of_no_use(
+    part: str, value: Any, code: str, tmp_path: Path
+) -> None:
+    path = save_open_clip(tmp_path) / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    inner = config if part == "preprocess_cfg" else config["model_cfg"]
+    inner[part] = inner[part] | value if part == "vision_cfg" else value
+    path.write_text(json.dumps(config))
+    refused(code, tower, tmp_path)

@@ -303,3 +303,31 @@ def test_layers_that_are_not_there() -> None:
         Flamingo.from_towers(Brain(8), language, vis_dim=8, layers="model.h")
     with pytest.raises(TypeError, match="not a list of layers"):
         Flamingo.from_towers(Brain(8), language, vis_dim=8, layers="model.norm")
+
+
+def test_layers_that_cannot_get_a_block() -> None:
+    """A block before no layer would be a model that never looks; twice would be two blocks."""
+    language = language_model("llama", 2)
+    for every in (0, 3):
+        with pytest.raises(ValueError, match=f"2 layers, and a block before each {every}-th"):
+            Flamingo.from_towers(Brain(8), language, vis_dim=8, layers="model.layers", every=every)
+    Flamingo.from_towers(Brain(8), language, vis_dim=8, layers="model.layers")
+    with pytest.raises(ValueError, match="gated cross-attention already"):
+        Flamingo.from_towers(Brain(8), language, vis_dim=8, layers="model.layers")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (Brain(7), r"the shape \(2, 7, 7\), not \[2, tokens, 20\]"),
+        (torch.nn.Flatten(), r"the shape \(2, 350\)"),
+        (torch.nn.ModuleDict({}), "a dict"),
+    ],
+)
+def test_an_encoder_that_gives_something_else(encoder: torch.nn.Module, words: str) -> None:
+    model = brain_model()
+    if isinstance(encoder, torch.nn.ModuleDict):  # as the towers of transformers
+        encoder.forward = lambda pixels: {"last_hidden_state": pixels}  # type: ignore[method-assign]
+    model.vision_encoder = encoder
+    with pytest.raises(ValueError, match=words):
+        model.encode_vision(torch.randn(2, 1, 1, 7, 50))

@@ -66,7 +66,7 @@ class FlamingoBase(nn.Module):
 
         Raises:
             ValueError: another number of axes; no image; more than one frame where frames have no
-                embedding; more frames or images than have one.
+                embedding; more frames or images than have one; the tower gives something else.
         """
         if vision_x.ndim < 4:
             raise ValueError(
@@ -85,11 +85,19 @@ class FlamingoBase(nn.Module):
             pictures = pictures.to(dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             tokens = self.visual_tokens(pictures)
+        self._check_tokens(tokens, len(pictures))
         tokens = tokens.to(self.perceiver.latents.dtype)
         latents: torch.Tensor = self.perceiver(
             rearrange(tokens, "(b m f) n d -> b m f n d", b=batch, m=images, f=frames)
         )
         return latents
+
+    def _check_tokens(self, tokens: Any, number: int) -> None:
+        width = self.perceiver.latents.shape[-1]
+        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else None
+        if shape is None or len(shape) != 3 or (shape[0], shape[2]) != (number, width):
+            given = f"a {type(tokens).__name__}" if shape is None else f"the shape {shape}"
+            raise ValueError(f"the vision encoder gives {given}, not [{number}, tokens, {width}]")
 
     def cache_media(self, input_ids: torch.Tensor, vision_x: torch.Tensor) -> None:
         """Keep images for several calls, as for the log-likelihood of many continuations.

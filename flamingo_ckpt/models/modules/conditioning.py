@@ -172,6 +172,12 @@ def _check_cache(kwargs: dict[str, Any]) -> None:
             f"the language model has a cache called `{name}`, which does not tell how many tokens "
             "it holds, and so not which images they saw: call it with `use_cache=False`"
         )
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__}, not a cache of transformers as the "
+            "call gives one that fills it: it does not tell which images its tokens saw"
+        )
 
 
 def _num_past(kwargs: dict[str, Any]) -> int:
@@ -280,12 +286,18 @@ def insert_cross_attention(
     Raises:
         AttributeError: there is nothing at `layers`.
         TypeError: what is there is no list of layers.
+        ValueError: the language model has gated cross-attention already, or `every` gives no
+            layer any.
     """
     parent_path, _, name = layers.rpartition(".")
     parent = language.get_submodule(parent_path)
     decoders = getattr(parent, name)
     if not isinstance(decoders, nn.ModuleList):
         raise TypeError(f"`{layers}` is a {type(decoders).__name__}, not a list of layers")
+    if any(isinstance(one, FlamingoLayer) for one in decoders):
+        raise ValueError("the language model has gated cross-attention already")
+    if not 1 <= every <= len(decoders):
+        raise ValueError(f"there are {len(decoders)} layers, and a block before each {every}-th")
     blocks = [make_block() if (i + 1) % every == 0 else None for i in range(len(decoders))]
     pairs = zip(blocks, decoders, strict=True)
     wrapped = [FlamingoLayer(block, layer, conditioning) for block, layer in pairs]

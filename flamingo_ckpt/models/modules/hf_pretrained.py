@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import nn
 from transformers import CLIPVisionModel, GPTNeoXForCausalLM, PreTrainedModel
 
 from flamingo_ckpt.errors import CkptError, LoadError, name_some
+from flamingo_ckpt.formats.opening import open_checkpoint
 from flamingo_ckpt.layouts.families import FAMILIES
 from flamingo_ckpt.models.modules.cross_attention import GatedCrossAttentionBlock
 from flamingo_ckpt.models.modules.hf_config import FlamingoConfig
 from flamingo_ckpt.models.modules.perceiver import PerceiverResampler
 
 _ONE_FILE = "model{variant}.safetensors"
-_INDEX = "model{variant}.safetensors.index.json"
+_INDEX = "model.safetensors.index{variant}.json"
 _TOWER_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 #: transformers called GPT-NeoX's head `embed_out` until 5.13; files do to this day.
 _HEAD_IN_FILES = "lang_encoder.embed_out."
@@ -112,7 +114,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Raises:
             LoadError: FC430 where a tensor is missing, left over or of another shape.
-            CkptError: FC466 for a `device_map` without accelerate, FC467 where the weights could
+            CkptError: FC202 where two tensors have one name, FC104 or FC107 where index and shards
+                disagree, FC466 for a `device_map` without accelerate, FC467 where the weights could
                 only be unpickled, FC469 where config and file disagree about a tied head.
         """
         where = str(pretrained_model_name_or_path)
@@ -130,6 +133,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         )
         # Names are put back by `save_pretrained` below, whatever this object's past.
         model._weight_conversions = None
+        _check_files(where, kwargs, mapping)
         _check_fit(
             {} if output_loading_info else info,
             () if ignore_mismatched_sizes else info["mismatched_keys"],
@@ -157,7 +161,17 @@ class FlamingoPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             state_dict: what to write instead of the model's own.
             *args: transformers' own.
             **kwargs: transformers' own (`max_shard_size`, `variant`, ...).
+
+        Raises:
+            CkptError: FC006 for `safe_serialization=False`: no pickle is written.
         """
+        if kwargs.get("safe_serialization") is False:  # which transformers no longer looks at
+            raise CkptError(
+                "`safe_serialization` is False, but no pickle is written here",
+                code="FC006",
+                where=os.fspath(save_directory),
+                hint="leave it out: the folder gets safetensors",
+            )
         if _is_offloaded(self):  # the tensors come back under the names in memory
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         else:
@@ -204,6 +218,51 @@ def _has_pickles_only(folder: str) -> bool:
                 return True
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]
     return bool(weights) and not any(name.endswith(".safetensors") for name in weights)
+
+
+def _check_files(where: str, kwargs: Mapping[str, Any], mapping: Mapping[str, str]) -> None:
+    """Raise where transformers has chosen between two tensors, or not looked what an index names.
+
+    It says nothing then. What it has fetched from the hub is read from the hub's cache.
+    """
+    path = _weights_file(where, kwargs)
+    if path is None:
+        return
+    first: dict[str, str] = {}
+    for stored in (tensor.name for tensor in open_checkpoint(path).tensors):
+        name = stored
+        for pattern, replacement in mapping.items():
+            name = re.sub(pattern, replacement, name)
+        if (other := first.setdefault(name, stored)) != stored:
+            raise CkptError(
+                f"`{other}` and `{stored}` are both `{name}`",
+                code="FC202",
+                where=path,
+                key=stored,
+                hint="take one of the two out of the file",
+            )
+
+
+def _weights_file(where: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The file or index that transformers reads; None where the config names another."""
+    if os.path.isfile(where):
+        return where
+    variant, subfolder = kwargs.get("variant"), kwargs.get("subfolder") or ""
+    suffix = "" if variant is None else f".{variant}"
+    for name in (_ONE_FILE.format(variant=suffix), _INDEX.format(variant=suffix)):
+        path: Any = os.path.join(where, subfolder, name)
+        if not os.path.isdir(where):
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(
+                where,
+                f"{subfolder}/{name}" if subfolder else name,
+                cache_dir=kwargs.get("cache_dir"),
+                revision=kwargs.get("revision"),
+            )
+        if isinstance(path, str) and os.path.isfile(path):
+            return path
+    return None
 
 
 def _names_in_memory() -> dict[str, str]:
