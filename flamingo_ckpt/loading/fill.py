@@ -145,7 +145,8 @@ class _Reader:
 
         with torch.inference_mode(dest.is_inference()):
             if change is None and _is_plain(dest):
-                _stream(dest.view(-1), load, buffer)
+                # not by view(): a single element keeps any stride
+                _stream(dest.as_strided((dest.numel(),), (1,)), load, buffer)
                 return
             with self.lock:
                 whole = self.whole(load, change, buffer)

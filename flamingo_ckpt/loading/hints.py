@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flamingo_ckpt.errors import LoadError, name_some
 from flamingo_ckpt.loading.match import Matching
@@ -15,9 +16,17 @@ from flamingo_ckpt.tensors import escape
 #: Parts of names under which embeddings are kept; their rows are the vocabulary.
 _VOCABULARY = ("embed_tokens", "wte", "embed_in", "embed_out", "lm_head", "token_embedding")
 
+#: Ends of the names of an output head.
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+#: The layout of a language model without a Flamingo around it.
+_LANGUAGE_MODEL = "language-model"
+
 #: Parts of models that layouts tell, and that make no sense by halves.
 GROUPS = frozenset({"vision", "text", "perceiver", "xattn", "lm.layers"})
 _MIN_TOWER = 5
+#: The number of a gated block, in the name of one of its tensors or in the second name of it.
+_BLOCK = re.compile(r"\.(\d+)\.gated_cross_attn_layer\.|\.gated_cross_attn_layers\.(\d+)\.")
 
 
 def refuse_other_family(matching: Matching, report: LoadReport) -> None:
@@ -38,6 +47,12 @@ def refuse_other_family(matching: Matching, report: LoadReport) -> None:
         where=report.uri,
         hint="build the model on the language model that the checkpoint was trained on",
     )
+
+
+def is_flamingo(matching: Matching) -> bool:
+    """Whether the module is a Flamingo, which has bases, and not one of them."""
+    layout = matching.model.layout if matching.model else None
+    return layout is not None and layout.space == "flamingo" and layout.name != _LANGUAGE_MODEL
 
 
 def lost_towers(matching: Matching, unexpected: Sequence[str]) -> list[str]:
@@ -95,6 +110,19 @@ def _missing_prefix(unexpected: Sequence[str], targets: Sequence[Target]) -> str
     return ""
 
 
+def _is_other_interval(matching: Matching, report: LoadReport) -> bool:
+    """Whether whole gated blocks are in the file alone, or in the model alone beside others."""
+
+    def blocks(keys: Iterable[str], groups: Mapping[str, str]) -> set[str]:
+        found = (_BLOCK.search(key) for key in keys if groups.get(key) == "xattn")
+        return {one[1] or one[2] for one in found if one}
+
+    filled = blocks((load.target.key for load in matching.loads), matching.groups)
+    lacking = blocks(report.missing_keys, matching.groups) - filled
+    extra = blocks(report.unexpected_keys, matching.file_groups) - filled
+    return bool(extra or (lacking and filled))
+
+
 def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> str:
     """The way on from missing, unexpected and misshapen keys."""
     rows = [
@@ -109,14 +137,12 @@ def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> 
             f"(`resize_token_embeddings({have})`), or the file (`convert --vocab-rows {want}`); "
             "rows are never cut silently"
         )
-    xattn = [key for key in report.missing_keys if matching.groups.get(key) == "xattn"]
-    extra = [key for key in report.unexpected_keys if matching.file_groups.get(key) == "xattn"]
-    if xattn or extra:
+    if _is_other_interval(matching, report):
         return (
             "the gated cross-attention blocks are at other layers: build the model with the "
             "checkpoint's interval (`cross_attn_every_n_layers`; `inspect` shows it)"
         )
-    if any(key.endswith("_extra_state") for key in report.missing_keys):
+    if any(key.rpartition(".")[2] == "_extra_state" for key in report.missing_keys):
         return (
             "what modules keep beside their tensors is not read from a file: `strict=False`, and "
             "`set_extra_state` where it matters"
@@ -127,13 +153,26 @@ def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> 
             + name_some(list(report.left_on_meta), 3)
             + " before"
         )
-    is_flamingo = matching.model is not None and matching.model.layout.space == "flamingo"
-    if is_flamingo and options.policy == "strict" and report.missing_keys:
-        return "a checkpoint without its frozen towers is loaded with the policy `partial`"
+    if is_flamingo(matching) and options.policy == "strict" and report.missing_keys:
+        return (
+            "a checkpoint without its frozen towers is loaded with the policy `partial`, as by "
+            "`load_pretrained`"
+        )
+    head = [key for key in report.missing_keys if key.endswith(_HEADS)]
+    if head and len(report.missing_keys) == len(head) and not report.unexpected_keys:
+        return (
+            f"the file has no `{escape(head[0])}`: if its head is its embedding, tie the model's "
+            "(`tie_word_embeddings`)"
+        )
     if report.mismatched and not (report.missing_keys or report.unexpected_keys):
         key = next(iter(report.mismatched))
         return (
             f"the names fit and sizes do not: build the model with those of the file, or leave "
             f"`{escape(key)}` out with exclude="
+        )
+    if matching.file and matching.model and matching.file.title == matching.model.title:
+        return (
+            f"both sides' names are `{matching.file.title}`: the model is of another size or "
+            "version; `flamingo-ckpt diff` and `inspect` show where"
         )
     return for_names(matching, report.unexpected_keys, ())

@@ -6,8 +6,10 @@ No code from a folder or repository is run, and no pickle: a config that names i
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -133,10 +135,48 @@ def _lists(module: nn.Module) -> list[str]:
 
 
 def _fill(module: nn.Module, weights: str, device: str | torch.device | None) -> None:
+    """Everything has to be there, and nothing else but what the class itself calls obsolete."""
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.layouts.prefixes import strip_wrappers
     from flamingo_ckpt.loading.engine import load_into
     from flamingo_ckpt.loading.options import LoadOptions
 
-    load_into(module, weights, LoadOptions(device=device))
+    manifest = open_checkpoint(weights)
+    names = {tensor.name: strip_wrappers(tensor.name)[0] for tensor in manifest.tensors}
+    target = _as_named(module, list(names.values()))
+    own = target.state_dict().keys()
+    obsolete = [
+        key for key, name in names.items() if name not in own and _is_obsolete(module, name)
+    ]
+    exclude = tuple(glob.escape(key) for key in obsolete)
+    load_into(target, manifest, LoadOptions(device=device, exclude=exclude))
+
+
+def _is_obsolete(module: Any, name: str) -> bool:
+    """Whether the class says that files have it and the model has not, as with GPT-2's masks."""
+    patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(one, name) for one in patterns)
+
+
+def _as_named(module: Any, names: Sequence[str]) -> nn.Module:
+    """The model, or the same parts under the names of a file that was saved without its head.
+
+    Such files (OPT's, GPT-2's and BLOOM's are some) have `decoder.` in place of `model.decoder.`.
+    """
+    from torch import nn
+
+    base = str(getattr(module, "base_model_prefix", ""))
+    inner = dict(module.named_children()).get(base)
+    if inner is None or any(name.startswith(f"{base}.") for name in names):
+        return module  # type: ignore[no-any-return]
+    parts = dict(inner.named_children())
+    if list(inner.named_parameters(recurse=False)) or not any(
+        name.partition(".")[0] in parts for name in names
+    ):
+        return module  # type: ignore[no-any-return]
+    others = {name: part for name, part in module.named_children() if name != base}
+    holder = type(type(module).__name__, (nn.ModuleDict,), {})  # messages tell its name
+    return holder({**others, **parts})  # type: ignore[no-any-return]
 
 
 def _take_generation_config(module: Any, folder: str, data: Mapping[str, Any]) -> None:

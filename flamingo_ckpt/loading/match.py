@@ -120,9 +120,19 @@ def match(
     if file is None or model is None or not _are_comparable(file, model):
         return told
     by_layout = _by_layouts(chosen, targets, file, model, dims or {})
-    if layout is None and len(by_layout.loads) < len(by_name.loads):
+    is_worse = len(by_layout.loads) < len(by_name.loads)
+    if layout is None and is_worse and not _crosses(by_name, by_layout):
         return told
     return by_layout
+
+
+def _crosses(by_name: Matching, by_layout: Matching) -> bool:
+    """Whether equal names stand for different parts: transformers names both CLIP towers alike."""
+    parts = (
+        (by_layout.groups.get(load.target.key), by_layout.file_groups.get(load.keys[0]))
+        for load in by_name.loads
+    )
+    return any(model and file and model != file for model, file in parts)
 
 
 def _by_names(chosen: Chosen, targets: Sequence[Target]) -> Matching:

@@ -142,7 +142,8 @@ def _storage(tensor: torch.Tensor, name: str, dtype: DType, where: str, fetch: F
     def locate() -> tuple[ByteSource, int]:
         # Lazy conjugate and negative views: what counts is the value.
         whole = fetch(tensor).detach().cpu().resolve_conj().resolve_neg().contiguous()
-        return MemorySource(whole, name), 0
+        # A single element keeps any stride, with which its bytes cannot be viewed.
+        return MemorySource(whole.as_strided((whole.numel(),), (1,)), name), 0
 
     num_bytes = tensor.numel() * max(dtype.bits // 8, 1)
     return Storage(key=name, num_bytes=num_bytes, locate=locate, where=f"{where}: {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError
 
@@ -53,9 +53,25 @@ class LoadOptions:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            globs: Any = getattr(self, name)
+            # a string is a sequence of strings too, each of them one character
+            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+        if self.image_grid is not None and not _is_grid(self.image_grid):
+            raise CkptError(
+                f"image_grid is {self.image_grid!r}",
+                code="FC006",
+                hint="a pair of numbers of patches: image_grid=(height, width)",
+            )
         if self.policy not in POLICIES:
             raise CkptError(
                 f"there is no loading policy `{self.policy}`",
                 code="FC006",
                 hint="policies are " + ", ".join(POLICIES),
             )
+
+
+def _is_grid(value: object) -> bool:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,7 @@ class _Sorted:
     missing: list[Target] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     kept: list[Target] = field(default_factory=list)
+    excused: list[Target] = field(default_factory=list)
     zeros: dict[str, str] = field(default_factory=dict)
     zero_targets: list[Target] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -108,6 +110,10 @@ def judge(
         mismatched=mismatched,
         left_on_meta=(*on_meta, *hopeless),
         absent_by_design=found.absent,
+        kept={
+            **{key: "computed by the model" for target in found.kept for key in target.keys},
+            **{key: "may be missing" for target in found.excused for key in target.keys},
+        },
         aliases=matching.aliases,
         ignored=found.ignored,
         zero_filled=found.zeros,
@@ -141,6 +147,8 @@ def _sort(
             found.absent |= dict.fromkeys(target.keys, absent[target.key])
         elif options.may_miss.isdisjoint((*target.keys, *target.names)) or target.is_meta:
             found.missing.append(target)
+        else:
+            found.excused.append(target)
     for key in matching.unexpected:
         if _is_old_buffer(tensors[key]):
             found.ignored[key] = "computed when the model is built"
@@ -183,8 +191,9 @@ def absent_by_design(matching: Matching, targets: Sequence[Target]) -> dict[str,
     language model has goes by itself (training with FSDP saves the head, and the layers too, and
     leaves out the last norm): where the layers are in the file, only if the tower is not, for such
     a file is whole. An input embedding is a base's only where it is frozen.
+    A language model by itself is such a base, and may lack nothing.
     """
-    if matching.model is None or matching.model.layout.space != "flamingo":
+    if not hints.is_flamingo(matching):
         return {}
     parts = parts_by_name(targets, matching.groups)
     lacking: dict[str, list[Target]] = {}
@@ -356,12 +365,15 @@ def _findings(report: LoadReport) -> list[Finding]:
 
     def add(code: str, keys: Mapping[str, object], detail: str) -> None:
         if keys:
-            names = name_some([escape(key) for key in keys], 3)
-            found.append(Finding(code=code, severity="info", detail=f"{detail}: {names}"))
+            names = ", ".join(f"`{escape(key)}`" for key in list(keys)[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            found.append(Finding(code=code, severity="info", detail=f"{detail}: {names}{more}"))
 
     kinds = sorted({f"{src} to {dst}" for src, dst in report.cast.values()})
     add("FC436", report.cast, f"{len(report.cast)} tensors cast ({', '.join(kinds)})")
     add("FC434", report.ignored, f"{len(report.ignored)} keys of the file are not needed")
     add("FC435", report.zero_filled, "zero, since the file has nothing for it")
-    add("FC215", report.absent_by_design, f"{len(report.absent_by_design)} absent by design")
+    bases = Counter(report.absent_by_design.values())
+    absent = " and ".join(f"{count} of the {base} base" for base, count in sorted(bases.items()))
+    add("FC215", report.absent_by_design, f"absent by design, {absent}")
     return found

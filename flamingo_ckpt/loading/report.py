@@ -35,6 +35,7 @@ class LoadReport:
         mismatched: module key -> (shape in the file, shape in the module); only in a refusal.
         left_on_meta: module keys that would have no bytes; only in a refusal.
         absent_by_design: module key -> the base that supplies it.
+        kept: module key that the checkpoint need not have and lacks -> why it keeps what it has.
         aliases: key of the checkpoint -> the key that holds the same tensor.
         ignored: key of the checkpoint -> why it may be left out.
         zero_filled: module keys that became zero -> why.
@@ -56,6 +57,7 @@ class LoadReport:
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     left_on_meta: tuple[str, ...] = ()
     absent_by_design: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     zero_filled: Mapping[str, str] = field(default_factory=dict)

@@ -70,7 +70,7 @@ def targets_of(module: nn.Module) -> tuple[Target, ...]:
     state = {
         key: value
         for key, value in module.state_dict(keep_vars=True).items()
-        if not key.endswith(_EXTRA_STATE)
+        if not _is_extra_state(key)
     }
     names = _bare_names(state)
     groups: dict[tuple[object, ...], list[str]] = {}
@@ -95,7 +95,11 @@ def describe_module(module: nn.Module) -> str:
 
 def extra_state_of(module: nn.Module) -> tuple[str, ...]:
     """Keys of what modules keep beside their tensors (`get_extra_state`), which no load fills."""
-    return tuple(key for key in module.state_dict(keep_vars=True) if key.endswith(_EXTRA_STATE))
+    return tuple(key for key in module.state_dict(keep_vars=True) if _is_extra_state(key))
+
+
+def _is_extra_state(key: str) -> bool:
+    return key.rpartition(".")[2] == _EXTRA_STATE
 
 
 def own_ways_of_loading(module: nn.Module) -> list[str]:

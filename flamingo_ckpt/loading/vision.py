@@ -346,7 +346,8 @@ def _fill(module: nn.Module, source: _Source, device: str | torch.device | None)
     names = [strip_wrappers(tensor.name)[0] for tensor in manifest.tensors]
     for holder, prefixes in _PREFIXES:
         if any(name.startswith(prefixes) for name in names):
-            module = nn.ModuleDict({holder: module})
+            named = type(type(module).__name__, (nn.ModuleDict,), {})  # messages tell its name
+            module = named({holder: module})
             include: tuple[str, ...] = tuple(f"*{prefix}*" for prefix in prefixes)
             break
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,22 @@ def test_adapters_are_not_passed_over(whole: bool, tmp_path: Path) -> None:
     assert_filled(model, before)
 
 
+@pytest.mark.parametrize(
+    "part", ["3.gated_cross_attn_layer.attn_gate", "gated_cross_attn_layer.", "norm.weight"]
+)
+def test_the_interval_is_not_blamed_for_something_else(part: str, tmp_path: Path) -> None:
+    """One tensor of a block is missing, or all blocks are; the interval would be whole blocks."""
+    trained = zoo.openflamingo("llama").partial
+    state = {name: one for name, one in trained.items() if part not in name}
+    assert len(state) < len(trained)
+    model = made_of("llama", tmp_path)
+    error = refused("FC430", load_pretrained, model, zoo.save_torch(state, tmp_path / "x.pt"))
+    assert "interval" not in f"{error} {error.hint}"
+    whole = {name: one for name, one in trained.items() if "layers.3.gated" not in name}
+    error = refused("FC430", load_pretrained, model, zoo.save_torch(whole, tmp_path / "y.pt"))
+    assert "interval" in (error.hint or "")
+
+
 # --- heads and rows -------------------------------------------------------------------------------
 
 
@@ -187,6 +205,25 @@ def test_a_wall_of_sizes_is_a_few_lines(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) < 30
     assert "gated_cross_attn_layers" not in str(caught.value)
     assert "old_decoder_blocks" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["opt", "mpt7b"])
+def test_a_tied_head_stays_tied(family: str, tmp_path: Path) -> None:
+    """The file has it under both names; where they differ, neither is taken."""
+    head, embedding = (f"lang_encoder.{name}.weight" for name in reversed(zoo.FAMILIES[family][1:]))
+    state = dict(zoo.openflamingo(family).partial)
+    assert head in state
+    model = made_of(family, tmp_path)
+    load_pretrained(model, zoo.save_torch(state, tmp_path / "x.pt"))
+    language = model.lang_encoder
+    assert language.get_output_embeddings().weight is language.get_input_embeddings().weight
+    assert torch.equal(language.get_output_embeddings().weight, state[head])
+    state[head] = state[head] + 1
+    path = zoo.save_torch(state, tmp_path / "other.pt")
+    with pytest.raises(LoadError) as caught:
+        load_pretrained(model, path)
+    assert head in str(caught.value)
+    assert embedding in str(caught.value)
 
 
 # --- names and numbers of more than one digit, and `ff` in other words ----------------------------
@@ -295,8 +332,15 @@ def test_the_report_tells_whether_what_is_missing_matters(tmp_path: Path) -> Non
     """`IncompatibleKeys` with hundreds of names is what users ask about."""
     model = made_of("llama", tmp_path)
     path = zoo.save_torch(zoo.openflamingo("llama").partial, tmp_path / "checkpoint.pt")
-    said = str(load_pretrained(model, path))
+    report = load_pretrained(model, path)
+    said = str(report)
     assert len(said.splitlines()) < 12
-    assert "by design" in said
+    numbers = re.search(
+        r"absent by design, (\d+) of the language base and (\d+) of the vision", said
+    )
+    assert numbers is not None, said
+    bases = Counter(report.absent_by_design.values())
+    assert [int(one) for one in numbers.groups()] == [bases["language"], bases["vision"]]
+    assert "--json" not in said  # which a program has not
     with pytest.raises(CkptError):
         load_checkpoint(model, path, strict=True)

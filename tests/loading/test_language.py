@@ -168,3 +168,49 @@ def test_a_token_of_minus_one_is_no_token(tmp_path: Path) -> None:
     path.write_text('{"pad_token_id": -1, "bos_token_id": 1}')
     settings = create(parts).lang_encoder.generation_config
     assert (settings.pad_token_id, settings.bos_token_id) == (WORDS + 2, 1)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mpt1b", "gptj"])
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_a_file_without_the_prefix_of_its_base(family: str, wrapper: str, tmp_path: Path) -> None:
+    """As the hub's OPT has it: the model was saved without its head, which is tied."""
+    parts = save_parts(family, tmp_path)
+    wanted = create(parts).state_dict()
+    folder = Path(parts["lang_encoder_path"])
+    base = {"opt": "model.", "llama": "model."}.get(family, "transformer.")
+    state = zoo.openflamingo(family, layers=4).language
+    if family == "opt":
+        del state["lm_head.weight"]
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    bare = {wrapper + name.removeprefix(base): tensor for name, tensor in state.items()}
+    torch.save(bare, folder / "pytorch_model.bin")
+    found = create(parts).state_dict()
+    frozen = [name for name in wanted if name.startswith("lang_encoder.") and "gated" not in name]
+    assert len(frozen) > 30
+    assert all(torch.equal(found[name], wanted[name]) for name in frozen)
+
+
+def test_masks_of_old_files_are_left_out_and_nothing_else(tmp_path: Path) -> None:
+    """GPT-2's class names them by a pattern that fits a bias of the model as well."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    parts = save_parts("llama", tmp_path)
+    folder = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2)
+    language = GPT2LMHeadModel(config)
+    config.save_pretrained(folder)
+    state = {
+        name.removeprefix("transformer."): torch.randn_like(tensor)
+        for name, tensor in language.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    masks = {f"h.{index}.attn.bias": torch.ones(1, 1, 8, 8) for index in range(2)}
+    torch.save(state | masks, folder / "pytorch_model.bin")
+    options = {"lang_encoder_path": str(folder), "decoder_layers_attr_name": "transformer.h"}
+    model = create(parts | options)
+    found = model.lang_encoder.old_decoder_blocks[1].attn.c_attn.bias
+    assert torch.equal(found, state["h.1.attn.c_attn.bias"])
+    torch.save(state | {"h.0.attn.stranger": torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="stranger"):
+        create(parts | options)

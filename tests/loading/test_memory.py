@@ -106,6 +106,16 @@ def test_views_that_interlock_are_filled(tmp_path: Path) -> None:
     assert torch.equal(table, torch.cat((wanted["a"], wanted["b"]), dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_element_of_a_larger_table(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Contiguous by torch's word, and with a step that no view of its bytes can have."""
+    table = torch.zeros(1, 2, dtype=dtype)
+    module = Views(table[:, 0], table[:, 1:])
+    wanted = {"a": torch.tensor([1.5]), "b": torch.tensor([[2.5]])}
+    load_checkpoint(module, saved(wanted, tmp_path))
+    assert table.tolist() == [[1.5, 2.5]]
+
+
 def test_an_expanded_buffer_cannot_hold_a_table(tmp_path: Path) -> None:
     module: Any = nn.Linear(2, 2)
     module.register_buffer("table", torch.zeros(3).expand(2, 3))
@@ -119,9 +129,11 @@ def test_an_expanded_buffer_cannot_hold_a_table(tmp_path: Path) -> None:
 class Wrapped(torch.Tensor):
     """A tensor that is put together of others whenever it is used, as quantised ones are."""
 
+    packed: torch.Tensor
+
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Any:
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
         made.packed = inner
         return made
 

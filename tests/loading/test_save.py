@@ -373,3 +373,14 @@ def test_the_twin_of_hugging_face_is_saved_under_its_names(family: str, tmp_path
         assert document["layout"]["name"] == "hf-flamingo"
     cli_ok("convert", tmp_path / "part.safetensors", tmp_path / "of.pt", "--to", "openflamingo")
     assert set(load_torch(tmp_path / "of.pt")) == set(upstream_file(family))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_single_element_of_a_larger_table(suffix: str, tmp_path: Path) -> None:
+    """Contiguous by torch's word, and with a step that no view of its bytes can have."""
+    single: Any = nn.Module()
+    single.one = nn.Parameter(torch.arange(4.0).reshape(1, 4)[:, 1])
+    assert single.one.stride() == (4,)
+    path = tmp_path / f"a{suffix}"
+    save_checkpoint(single, path)
+    assert facts_at(path) == torch_facts({"one": torch.tensor([1.0])})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from flamingo_ckpt.models.modules.conditioning import Conditioning, FlamingoLayer
 from flamingo_ckpt.models.modules.flamingo import Flamingo
 from tests import zoo
 from tests.models.flamingo_support import batch, ours, theirs
@@ -84,6 +85,27 @@ def test_a_cache_is_filled_once(family: str) -> None:
     with torch.no_grad():
         model(**inputs)
     assert runs == {"perceiver": 1, "gated": 1, "decoder": 1}
+
+
+def test_a_cache_may_be_given_by_place() -> None:
+    """Some language models give it to their layers without a name."""
+    from transformers import DynamicCache
+
+    runs: list[torch.Tensor] = []
+
+    class Decoder(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
+            del cache
+            runs.append(hidden_states)
+            return hidden_states.sin()
+
+    layer = FlamingoLayer(None, Decoder(), Conditioning())
+    layer.uses_checkpointing = True
+    text = torch.ones(1, 2, 3, requires_grad=True)
+    for cache, wanted in ((DynamicCache(), 1), (None, 2)):
+        runs.clear()
+        layer(text, cache).sum().backward()
+        assert len(runs) == wanted
 
 
 def test_the_constructors_argument() -> None:

@@ -164,3 +164,9 @@ def test_hidden_states() -> None:
     assert torch.equal(plain[0], output.logits)
     with pytest.raises(ValueError, match="attentions"):
         model(tokens(), output_attentions=True)
+
+
+def test_a_static_cache_is_refused() -> None:
+    """It would be longer than the mask, at positions that hold nothing yet."""
+    with pytest.raises(ValueError, match="a cache that grows"):
+        pair()[1].generate(tokens(), max_new_tokens=2, cache_implementation="static")

@@ -246,8 +246,8 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-ca
             `past_key_values` and `hidden_states` where asked for.
 
         Raises:
-            ValueError: neither tokens nor embeddings, or both; a mask of another length;
-                attentions are asked for.
+            ValueError: neither tokens nor embeddings, or both; a mask of another length; a cache
+                of fixed length; attentions are asked for.
         """
         del kwargs  # positions are ALiBi's
         if output_attentions:
@@ -261,6 +261,8 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-ca
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if getattr(past_key_values, "is_compileable", False):
+            raise ValueError("a MosaicGPT needs a cache that grows, such as `DynamicCache`")
         bias = self._bias(hidden_states, attention_mask, past_key_values)
         passed = []
         for block in self.transformer.get_submodule("blocks").children():
