@@ -83,6 +83,13 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         CkptError: what `make_plan` and `make_map_plan` raise; FC006 options that need `--to`; FC421
             a whole model's folder without a config.
     """
+    prepared = _prepare(manifest, options, request)
+    if not request.is_folder or options.dtype == "keep":
+        return prepared
+    return _with_stated_dtype(prepared, manifest, options.dtype)
+
+
+def _prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepared:
     if request.to is None:
         _refuse_idle(request)
         return Prepared(plan=make_plan(manifest, options))
@@ -103,7 +110,7 @@ def prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prepa
         return Prepared(plan=plan)
     if request.config is None and config is not None and not _is_kept(plan):
         # A config that is written is checked as if it had been named.
-        return prepare(manifest, options, replace(request, config=_beside(manifest)))
+        return _prepare(manifest, options, replace(request, config=_beside(manifest)))
     return _with_config(plan, manifest, request, config)
 
 
@@ -309,6 +316,24 @@ def _canonical_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     family = plan.layout.family if plan.layout and plan.target.rules_of else ""
     reading = read_atoms(tensors, plan.target.table(family), {})
     return {name: piece.shape for name, piece in reading.atoms.items()}
+
+
+def _with_stated_dtype(prepared: Prepared, manifest: Manifest, dtype: str) -> Prepared:
+    """The same, with a config that states the dtype of the weights beside it."""
+    from flamingo_ckpt.models.config import read_json
+    from flamingo_ckpt.models.stated_dtype import with_dtype
+
+    made = prepared.generated.get("config.json")
+    path = os.path.join(manifest.folder or "", "config.json")
+    if made is None and not (manifest.folder and os.path.isfile(path)):
+        return prepared
+    try:
+        config = json.loads(made) if made is not None else read_json(path)
+    except CkptError:
+        return prepared  # it goes along as it is
+    if not isinstance(config, Mapping) or (stated := with_dtype(config, dtype)) == config:
+        return prepared
+    return replace(prepared, generated={**prepared.generated, "config.json": _json(stated)})
 
 
 def _completed(data: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flamingo_ckpt.errors import CkptError, Finding, LoadError, name_some
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
+from flamingo_ckpt.loading.activation import activation_findings
 from flamingo_ckpt.loading.buffers import (
     computable_buffers,
     hopeless_buffers,
@@ -98,7 +99,12 @@ def load_into(
         uri=manifest.uri,
         model=describe_module(module),
         format=manifest.format,
-        findings=(*manifest.findings, *chosen.findings, *_hook_findings(module)),
+        findings=(
+            *manifest.findings,
+            *chosen.findings,
+            *_hook_findings(module),
+            *activation_findings(module, manifest),
+        ),
     )
     verdict = judge(
         matching,

@@ -7,13 +7,22 @@ not one may share bytes: then a load would do nothing, or the last one written w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flamingo_ckpt.errors import CkptError, name_some
 from flamingo_ckpt.loading.targets import Target, describe_module, identity, is_distributed
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class _Span(NamedTuple):
+    """A tensor, and the addresses of its first byte and of the one after its last."""
+
+    device: str
+    start: int
+    end: int
+    target: Target
 
 
 def check_memory(
@@ -31,12 +40,14 @@ def check_memory(
             that share a part of theirs.
     """
     held = _held(module)
-    spans: list[tuple[str, int, int, Target]] = []
+    spans: list[_Span] = []
     for target in targets:
         if is_distributed(target.tensor) or target.is_meta or not target.tensor.numel():
             continue
         start, end = _span(target.tensor)
-        spans.append((str(target.tensor.device), start, end, target))
+        is_repeated = target.tensor.numel() * target.tensor.element_size() > end - start
+        if not is_repeated:
+            spans.append(_Span(str(target.tensor.device), start, end, target))
         if is_replaced(target):
             continue
         if identity(target.tensor) not in held:
@@ -47,7 +58,7 @@ def check_memory(
                 "the model's class or a hook changes its state dict; load before that is "
                 "registered, or with its own `load_state_dict`",
             )
-        if target.tensor.numel() * target.tensor.element_size() > end - start:
+        if is_repeated:
             raise _refusal(
                 module,
                 target,
@@ -79,37 +90,40 @@ def _span(tensor: Any) -> tuple[int, int]:
     return start, start + (steps + 1) * tensor.element_size()
 
 
-def _check_overlaps(module: nn.Module, spans: Sequence[tuple[str, int, int, Target]]) -> None:
-    """Compare neighbours, in order of their addresses."""
-    cluster: list[tuple[str, int, int, Target]] = []
+def _check_overlaps(module: nn.Module, spans: Sequence[_Span]) -> None:
+    """Look at tensors whose spans overlap, in order of their addresses."""
+    cluster: list[_Span] = []
+    end = 0
     for span in spans:
-        if cluster and (span[0] != cluster[0][0] or span[1] >= max(one[2] for one in cluster)):
+        if cluster and (span.device != cluster[0].device or span.start >= end):
+            _check_cluster(module, cluster)
             cluster = []
+        end = max(end, span.end) if cluster else span.end
         cluster.append(span)
-        if len(cluster) > 1 and _writes_twice(cluster):
-            others = [one[3].key for one in cluster[:-1] if one[2] > span[1]]
+    _check_cluster(module, cluster)
+
+
+def _check_cluster(module: nn.Module, cluster: Sequence[_Span]) -> None:
+    """Refuse two tensors with one byte; spans alone may only interlock, as columns do."""
+    import torch
+
+    if len(cluster) < 2:
+        return
+    first = cluster[0].start
+    used = torch.zeros(max(span.end for span in cluster) - first, dtype=torch.bool)
+    for at, span in enumerate(cluster):
+        tensor, size = span.target.tensor, span.target.tensor.element_size()
+        strides = [stride * size for stride in tensor.stride()]
+        own = used.as_strided((*tensor.shape, size), (*strides, 1), span.start - first)
+        if own.any():
+            others = [one.target.key for one in cluster[:at] if one.end > span.start]
             raise _refusal(
                 module,
-                span[3],
+                span.target,
                 f"shares memory with {name_some(others)} and is not the same tensor",
                 "load before the two are tied, or tie them by one parameter",
             )
-
-
-def _writes_twice(cluster: Sequence[tuple[str, int, int, Target]]) -> bool:
-    """Whether the last one's bytes are another's too; their spans may only interlock."""
-    import torch
-
-    first, last = cluster[0][1], max(end for _, _, end, _ in cluster)
-    used = torch.zeros(last - first, dtype=torch.bool)
-    for _, start, _, target in cluster:
-        tensor, size = target.tensor, target.tensor.element_size()
-        strides = [stride * size for stride in tensor.stride()]
-        own = used.as_strided((*tensor.shape, size), (*strides, 1), start - first)
-        if target is cluster[-1][3]:
-            return bool(own.any())
-        own.copy_(torch.ones((), dtype=torch.bool))
-    return False
+        own[...] = True
 
 
 def _refusal(module: nn.Module, target: Target, what: str, hint: str) -> CkptError:
