@@ -23,7 +23,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     >>> with_dtype({"torch_dtype": "float32", "text_config": {"dtype": None}}, "bfloat16")
     {'torch_dtype': 'bfloat16', 'text_config': {'dtype': None}}
     """
-    found = {
+    found: dict[str, Any] = {
         name: dtype if name in _NAMES and isinstance(value, str) else value
         for name, value in config.items()
     }
