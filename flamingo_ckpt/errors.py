@@ -231,12 +231,12 @@ class NotFaithfulError(CkptError):
     """What was written differs from the source: a bad answer. Nothing was put in place."""
 
 
-def name_some(names: list[str], limit: int = 10) -> str:
-    """Up to `limit` names in backticks, then how many more there are.
+def name_some(names: list[str], limit: int = 10, *, where: str = ", see --json") -> str:
+    """Up to `limit` names in backticks, then how many more there are, and `where` they are.
 
-    >>> name_some(["a", "b"])
-    '`a`, `b`'
+    >>> name_some(["a", "b", "c"], 2, where="")
+    '`a`, `b` and 1 more'
     """
     shown = ", ".join(f"`{name}`" for name in names[:limit])
     more = len(names) - limit
-    return shown if more <= 0 else f"{shown} and {more} more, see --json"
+    return shown if more <= 0 else f"{shown} and {more} more{where}"

@@ -37,7 +37,7 @@ def rebuild_buffers(module: nn.Module, device: str | torch.device | None = None)
     if unknown := [name for name, _, _, content in _on_meta(module) if content is None]:
         raise LoadError(
             f"{describe_module(module)} has buffers on meta that no file holds and that are not "
-            "known: " + name_some(unknown),
+            "known: " + name_some(unknown, where=""),
             code="FC433",
             key=unknown[0],
             hint="build the module on a real device, or set them before",

@@ -159,7 +159,7 @@ def _hook_findings(module: nn.Module) -> list[Finding]:
             code="FC438",
             severity="warning",
             detail=f"{len(ways)} submodules do something of their own when they load a state "
-            "dict, which is not done here: " + name_some(ways, 3),
+            "dict, which is not done here: " + name_some(ways, 3, where=""),
             hint="save the model's own state dict, whose names and values need no change",
         )
     ]

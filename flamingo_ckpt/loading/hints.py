@@ -150,7 +150,7 @@ def for_misfit(matching: Matching, report: LoadReport, options: LoadOptions) -> 
     if report.left_on_meta and not report.missing_keys and not report.unexpected_keys:
         return (
             "build the module on a real device, or fill "
-            + name_some(list(report.left_on_meta), 3)
+            + name_some(list(report.left_on_meta), 3, where="")
             + " before"
         )
     if is_flamingo(matching) and options.policy == "strict" and report.missing_keys:

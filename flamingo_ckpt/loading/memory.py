@@ -120,7 +120,7 @@ def _check_cluster(module: nn.Module, cluster: Sequence[_Span]) -> None:
             raise _refusal(
                 module,
                 span.target,
-                f"shares memory with {name_some(others)} and is not the same tensor",
+                f"shares memory with {name_some(others, where='')} and is not the same tensor",
                 "load before the two are tied, or tie them by one parameter",
             )
         own[...] = True

@@ -327,7 +327,7 @@ def _refuse_accident(
     what = f"{num_loaded} of {len(targets)} tensors of {report.model} have a counterpart among "
     what += f"the {num_file} of the file"
     if num_loaded and not few:
-        what = f"nothing of {name_some(lost)} fits, although both sides have it"
+        what = f"nothing of {name_some(lost, where='')} fits, although both sides have it"
     raise LoadError(
         "\n".join((what, *report.problems())),
         report=report,

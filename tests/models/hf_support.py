@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import zoo
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
@@ -81,3 +83,12 @@ def transformers_log() -> Iterator[list[str]]:
         yield said
     finally:
         logger.removeHandler(listener)
+
+
+def changed(folder: Path, into: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of a folder with other tensors; None removes one."""
+    shutil.copytree(folder, into)
+    tensors: dict[str, Any] = {**load_file(into / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, into / "model.safetensors", metadata={"format": "pt"})
+    return into

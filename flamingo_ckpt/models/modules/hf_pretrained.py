@@ -313,12 +313,12 @@ def _check_fit(info: Mapping[str, Any], mismatched: Any, where: str) -> None:
     )
     shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in mismatched]
     told = [
-        f"{len(names)} {what}: {name_some(names)}"
+        f"{len(names)} {what}: {name_some(names, where='')}"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     if shapes:
-        told.append(f"{len(shapes)} of another shape: {name_some(sorted(shapes))}")
+        told.append(f"{len(shapes)} of another shape: {name_some(sorted(shapes), where='')}")
     if told:
         raise LoadError(
             "the weights do not fit the model: " + "; ".join(told),
