@@ -16,6 +16,7 @@ from flamingo_ckpt.loading.buffers import (
     hopeless_buffers,
     rebuild_buffers,
 )
+from flamingo_ckpt.loading.devices import check_device
 from flamingo_ckpt.loading.file_grid import file_grid
 from flamingo_ckpt.loading.fill import becomes_new, fill
 from flamingo_ckpt.loading.match import Matching, match
@@ -75,7 +76,7 @@ def load_into(
         if isinstance(source, Manifest)
         else open_checkpoint(os.fspath(source), wrapper_key=options.wrapper_key)
     )
-    _check_device(options)
+    check_device(options.device)
     targets, places = targets_of(module), _places(module)
     check_memory(module, targets, lambda target: becomes_new(target, options))
     keeps = any(strip_wrappers(name)[1] for target in targets for name in target.names)
@@ -125,28 +126,6 @@ def load_into(
             slots[name] = tensor
     rebuild_buffers(module, options.device)
     return replace(verdict.report, num_mapped=filled.num_mapped)
-
-
-def _check_device(options: LoadOptions) -> None:
-    """Refuse a device that is none, and the one on which nothing can be kept."""
-    import torch
-
-    if options.device is None:
-        return
-    try:
-        is_meta = torch.device(options.device).type == "meta"
-    except RuntimeError as error:
-        raise CkptError(
-            f"`{options.device}` is no device of torch",
-            code="FC006",
-            hint="`cpu`, `cuda`, `cuda:1`, `mps`",
-        ) from error
-    if is_meta:
-        raise CkptError(
-            "nothing can be loaded onto the device `meta`: it keeps no values",
-            code="FC006",
-            hint="`cpu`, `cuda`, `cuda:1`, `mps`",
-        )
 
 
 def _hook_findings(module: nn.Module) -> list[Finding]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.loading.devices import check_device
 from flamingo_ckpt.loading.language import load_language_model, resize_rows
 from flamingo_ckpt.loading.places import Access, config_folder
 from flamingo_ckpt.loading.vision import load_vision_tower
@@ -96,6 +97,7 @@ def create_model_and_transforms(
     _check_options(flamingo_kwargs)
     access = Access(cache_dir=cache_dir, local_files_only=use_local_files)
     device = flamingo_kwargs.pop("device", None)
+    check_device(device)
     quick_gelu = flamingo_kwargs.pop("force_quick_gelu", None)
     tokenizer = load_flamingo_tokenizer(os.fspath(tokenizer_path), access)
     language = load_language_model(

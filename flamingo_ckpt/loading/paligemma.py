@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.loading.devices import check_device
 from flamingo_ckpt.loading.engine import LoadOptions, LoadReport, load_into
 from flamingo_ckpt.loading.paligemma_config import PaliGemmaSettings, hf_config, read_settings
 from flamingo_ckpt.loading.paligemma_tokenizer import check_tokenizer, load_tokenizer
@@ -107,6 +108,7 @@ def load_paligemma(
             hint="download the release first: its folder holds config, tokenizer and weights",
         )
     wanted = _dtype_name(dtype)
+    check_device(device)
     settings = read_settings(folder)
     manifest = open_checkpoint(folder, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
     weights = examine(manifest, settings, layout, will_cast=wanted is not None)

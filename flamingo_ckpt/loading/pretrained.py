@@ -79,9 +79,11 @@ def load_pretrained(
         model, image_processor, tokenizer = create_model_and_transforms(...)
         load_pretrained(model, "openflamingo/OpenFlamingo-3B-vitl-mpt1b")
     """
+    from flamingo_ckpt.loading.devices import check_device
     from flamingo_ckpt.loading.engine import load_into
     from flamingo_ckpt.loading.options import LoadOptions
 
+    check_device(device)
     access = Access(
         revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )

@@ -69,7 +69,6 @@ class LoadReport:
         ]
         if self.layout != self.model_layout:
             lines[0] += f", {self.layout or 'no known layout'} as {self.model_layout or 'named'}"
-        lines += [f"  {len(self.cast)} cast"] if self.cast else []
         lines += [f"  {finding.detail}" for finding in self.findings]
         return "\n".join((*lines, *self.problems()))
 
