@@ -52,13 +52,13 @@ def activation_findings(module: nn.Module, manifest: Manifest) -> list[Finding]:
 
 
 def _told(manifest: Manifest) -> str | None:
-    from flamingo_ckpt.models.config import read_config
+    from flamingo_ckpt.models.config import config_in
     from flamingo_ckpt.models.settings import settings_of
 
     if manifest.folder is None:
         return None
     try:
-        config = read_config(str(manifest.folder))
+        config = config_in(str(manifest.folder))
     except CkptError:
         return None  # nothing was asked of it
     if config.kind not in ("clip", "clip_vision", "flamingo"):

@@ -83,11 +83,11 @@ def load_language_model(
 
 
 def _config(folder: str, layers: str | None) -> ModelConfig:
-    from flamingo_ckpt.models.config import parse_config, read_config, read_json
+    from flamingo_ckpt.models.config import config_in, parse_config, read_json
 
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        return read_config(folder)  # which says what is missing
+        return config_in(folder)  # which says what is missing
     data = read_json(path)
     if layers is not None and isinstance(data, dict):
         data = {**data, "decoder_layers_attr_name": layers}

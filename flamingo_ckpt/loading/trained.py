@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.loading.memory_source import identity
+from flamingo_ckpt.models.expectation import ALIAS_TREES
 from flamingo_ckpt.selection import Dropped
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TOWER = "vision_encoder."
-#: Second names of the decoder layers and of the gated blocks.
-_ALIAS_TREES = ("lang_encoder.old_decoder_blocks.", "lang_encoder.gated_cross_attn_layers.")
 # Put between names by `torch.compile` and by activation checkpointing. `module.` is not among them:
 # it may be the name of a real submodule, and a wrapper that adds it is known by its class.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -90,7 +89,7 @@ def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     if any(name.startswith("lang_encoder.gpt_neox.") for name, _ in state):
         state = [(_as_released(name), tensor) for name, tensor in state]
     # A sort keeps the order among equals, so the alias trees go last and nothing else moves.
-    return sorted(state, key=lambda item: item[0].startswith(_ALIAS_TREES))
+    return sorted(state, key=lambda item: item[0].startswith(ALIAS_TREES))
 
 
 def choose(model: nn.Module, *, trainable_only: bool) -> Trained:
@@ -111,7 +110,7 @@ def choose(model: nn.Module, *, trainable_only: bool) -> Trained:
     first: dict[object, str] = {}
     for name, tensor in state:
         known = first.setdefault(identity(tensor), name)
-        if name.startswith(_ALIAS_TREES):
+        if name.startswith(ALIAS_TREES):
             if known == name:
                 raise _strayed(name)
             dropped.append(Dropped(name=name, reason=f"a second name of `{known}`"))
@@ -163,7 +162,7 @@ def _kept(model: nn.Module, state: list[tuple[str, torch.Tensor]]) -> set[int]:
         kept |= {
             id(tensor)
             for name, tensor in state
-            if "embed" in name and name in trained and not name.startswith((_TOWER, *_ALIAS_TREES))
+            if "embed" in name and name in trained and not name.startswith((_TOWER, *ALIAS_TREES))
         }
         embedding = getattr(language, "get_input_embeddings", lambda: None)()
         if embedding is not None:

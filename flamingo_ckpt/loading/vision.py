@@ -250,9 +250,9 @@ def _of_open_clip(path: str) -> _Source:
 
 def _of_transformers(folder: str) -> _Source:
     from flamingo_ckpt.models.clip_config import is_quick_gelu, open_clip_vision
-    from flamingo_ckpt.models.config import read_config, read_json
+    from flamingo_ckpt.models.config import config_in, read_json
 
-    config = read_config(folder)
+    config = config_in(folder)
     if config.kind not in ("clip", "clip_vision"):
         raise CkptError(
             f"`model_type` is `{escape(str(config.data.get('model_type')))}`, which is no CLIP",

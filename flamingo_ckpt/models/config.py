@@ -84,6 +84,15 @@ def read_json(path: str) -> Any:
     return _load(path)
 
 
+def config_in(folder: str) -> ModelConfig:
+    """The model that a folder's own config describes, also where the folder has a preset's name.
+
+    Raises:
+        CkptError: as `read_config`.
+    """
+    return read_config(os.path.abspath(folder))
+
+
 def parse_config(mapping: object, where: str, *, layout: str | None = None) -> ModelConfig:
     """Check a config that was read already.
 

@@ -74,3 +74,16 @@ def test_a_file_alone_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
     (folder / "config.json").write_text("{}")
     load_checkpoint(model_of("open_clip", False), folder)
     assert not caplog.records
+
+
+def test_a_folder_with_the_name_of_a_preset(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own config counts, not that of the preset, which has GELU."""
+    (tmp_path / "vit-b-32").mkdir()
+    folder_of("open_clip", True, tmp_path / "vit-b-32")
+    monkeypatch.chdir(tmp_path)
+    assert load_checkpoint(model_of("open_clip", True), "vit-b-32").missing_keys == []
+    assert not caplog.records
+    load_checkpoint(model_of("open_clip", False), "vit-b-32")
+    assert "`quick_gelu`" in caplog.text

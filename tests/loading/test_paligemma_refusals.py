@@ -14,6 +14,7 @@ from flamingo_ckpt.errors import CkptError, LoadError
 from flamingo_ckpt.loading.paligemma import load_hf_model
 from tests.loading.folders import write_config, write_folder, write_tokenizer, write_weights
 from tests.loading.from_scratch import careless_load
+from tests.loading.paligemma_support import from_pretrained, loads, refused
 from tests.zoo_clip import clip
 from tests.zoo_paligemma import LAYOUTS, PaliGemmaZoo, paligemma
 
@@ -30,25 +31,6 @@ def zoo() -> PaliGemmaZoo:
 @pytest.fixture(scope="module")
 def untied() -> PaliGemmaZoo:
     return paligemma(layers=LAYERS, tied=False)
-
-
-def refused(folder: Path, **options: Any) -> CkptError:
-    with pytest.raises(CkptError) as caught:
-        load_hf_model(folder, "cpu", **options)
-    return caught.value
-
-
-def from_pretrained(folder: Path) -> Any:
-    """transformers' loader, whose warnings and report go to a log."""
-    from transformers import PaliGemmaForConditionalGeneration
-
-    return PaliGemmaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-
-
-def loads(folder: Path, zoo: PaliGemmaZoo) -> None:
-    state = load_hf_model(folder, "cpu")[0].state_dict()
-    for name, tensor in zoo.memory.items():
-        assert torch.equal(state[name], tensor), name
 
 
 # --- a: a layout that the loader does not know is swallowed --------------------------------------

@@ -196,6 +196,15 @@ def test_a_repository_of_transformers_in_shards(
     assert close(tokens_of(found), expected_tokens())
 
 
+def test_a_folder_with_the_name_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = zoo.clip(layers=VISION_LAYERS)
+    zoo.save_folder(made.hf, made.config, tmp_path / "vit-b-32")
+    monkeypatch.chdir(tmp_path)
+    assert close(tokens_of(tower("vit-b-32")), expected_tokens())
+
+
 def test_a_folder_with_other_weights(tmp_path: Path) -> None:
     """A file instead of the folder's own; a tag is no file."""
     folder = save_open_clip(tmp_path / "clip", zoo.clip(layers=VISION_LAYERS, seed=1).open_clip)

@@ -53,9 +53,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^vision_encoder\.(vision_model\.)?embeddings\.position_ids$",
         *(
-            rf"^lang_encoder\.{family.layers}\.\d+\.decoder_layer\.{leaf}$".replace(
-                ".", r"\."
-            ).replace(r"\\.", r"\.")
+            rf"^lang_encoder\.{re.escape(family.layers)}\.\d+\.decoder_layer\.{re.escape(leaf)}$"
             for family in FAMILIES.values()
             for leaf in family.buffers
         ),
