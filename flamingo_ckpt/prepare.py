@@ -101,7 +101,7 @@ def _prepare(manifest: Manifest, options: PlanOptions, request: Request) -> Prep
         source_layout=request.source_layout,
         rows=rows,
         dims=head_counts(config),
-        family=_family(config),
+        family=family_of(config),
         expected=_expected(config, target) if request.config else (),
         where_expected=config.where if config else "",
     )
@@ -183,7 +183,7 @@ def _rows(manifest: Manifest, request: Request, target: Layout, config: ModelCon
     return Rows(wanted=wanted, must_be_zero=True, why=f"as {config.where} says")
 
 
-def _family(config: ModelConfig | None) -> str:
+def family_of(config: ModelConfig | None) -> str:
     """The language model that a config names; "" where the tables know none of that name."""
     from flamingo_ckpt.layouts.families import FAMILIES
 

@@ -19,7 +19,7 @@ from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
 
 #: verb -> module under `flamingo_ckpt.cli`; imported only when it is asked for.
-VERBS = ("inspect", "convert", "verify", "diff", "layouts")
+VERBS = ("inspect", "convert", "verify", "diff", "parity", "layouts")
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 

@@ -86,6 +86,18 @@ class Output:
         return stream.isatty() and not os.environ.get("NO_COLOR")
 
     @contextmanager
+    def status(self) -> Iterator[Callable[[str], None]]:
+        """A line on stderr that tells what is done, only on a terminal."""
+        if self.json or self.quiet or not self.progress or not sys.stderr.isatty():
+            yield lambda _: None
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True, no_color=not self._wants_color(False))
+        with console.status("opening") as line:
+            yield lambda what: line.update(escape(what))
+
+    @contextmanager
     def progress_bar(self, phases: Sequence[tuple[str, int]]) -> Iterator[Progress]:
         """A bar per phase on stderr, only on a terminal."""
         if self.json or self.quiet or not self.progress or not sys.stderr.isatty():

@@ -77,7 +77,7 @@ def load_into(
         else open_checkpoint(os.fspath(source), wrapper_key=options.wrapper_key)
     )
     check_device(options.device)
-    targets, places = targets_of(module), _places(module)
+    targets, places = targets_of(module), places_of(module)
     check_memory(module, targets, lambda target: becomes_new(target, options))
     keeps = any(strip_wrappers(name)[1] for target in targets for name in target.names)
     chosen = choose_tensors(
@@ -144,7 +144,7 @@ def _hook_findings(module: nn.Module) -> list[Finding]:
     ]
 
 
-def _places(module: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+def places_of(module: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     """Id of a tensor -> the slots that hold it."""
     found: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():

@@ -31,6 +31,8 @@ from flamingo_ckpt.tensors import TORCH_DTYPES, DType
 if TYPE_CHECKING:
     import torch
 
+    from flamingo_ckpt.plan import Step
+
 
 @dataclass(slots=True)
 class Filled:
@@ -90,7 +92,7 @@ def fill(
     """
     import torch
 
-    filled, reader = Filled(), _Reader()
+    filled, reader = Filled(), Reader()
     check_storages(unchecked_storages([load.step for load in loads]), lambda _: None)
 
     def work(load: Load, buffer: bytearray, _stop: threading.Event) -> None:
@@ -104,9 +106,9 @@ def fill(
         new, is_mapped = None, False
         if is_distributed(target.tensor):
             with reader.lock:
-                new = _distributed(target.tensor, reader.whole(load, change, buffer), dtype)
+                new = _distributed(target.tensor, reader.whole(load.step, change, buffer), dtype)
         elif change is None and device.type == "cpu" and dtype is _torch_dtype(load.step.dtype):
-            new = reader.mapped(load, target.shape)
+            new = reader.mapped(load.step, target.shape)
             is_mapped = new is not None
         if new is None:
             new = torch.empty(target.shape, dtype=dtype, device=device)
@@ -126,16 +128,20 @@ def fill(
     return filled
 
 
-class _Reader:
+class Reader:
     """Gives the file's tensors; what has to be put together in memory, one at a time."""
 
     def __init__(self) -> None:
         self._maps = MappedFiles()
         self.lock = threading.Lock()
 
-    def mapped(self, load: Load, shape: tuple[int, ...]) -> torch.Tensor | None:
+    def mapped(self, step: Step, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The tensor over the file's own bytes; None where it is not there as it lies."""
-        return self._maps.tensor(load.step, shape, _torch_dtype(load.step.dtype))
+        return self._maps.tensor(step, shape, _torch_dtype(step.dtype))
+
+    def release(self, step: Step) -> None:
+        """Give back the memory that a mapped tensor took; touching it again reads it again."""
+        self._maps.release(step)
 
     def fill(
         self, dest: torch.Tensor, load: Load, change: Resized | None, buffer: bytearray
@@ -146,10 +152,10 @@ class _Reader:
         with torch.inference_mode(dest.is_inference()):
             if change is None and _is_plain(dest):
                 # not by view(): a single element keeps any stride
-                _stream(dest.as_strided((dest.numel(),), (1,)), load, buffer)
+                _stream(dest.as_strided((dest.numel(),), (1,)), load.step, buffer)
                 return
             with self.lock:
-                whole = self.whole(load, change, buffer)
+                whole = self.whole(load.step, change, buffer)
                 if is_distributed(dest):
                     local: Any = _distributed(dest, whole, dest.dtype)
                     parts: Any = dest
@@ -157,14 +163,14 @@ class _Reader:
                 else:
                     dest.copy_(whole.view(dest.shape))
 
-    def whole(self, load: Load, change: Resized | None, buffer: bytearray) -> torch.Tensor:
+    def whole(self, step: Step, change: Resized | None, buffer: bytearray) -> torch.Tensor:
         """A tensor of the file on the CPU, in the file's dtype: mapped, or put together."""
         import torch
 
-        tensor = self.mapped(load, load.step.shape)
+        tensor = self.mapped(step, step.shape)
         if tensor is None:
-            tensor = torch.empty(load.step.shape, dtype=_torch_dtype(load.step.dtype))
-            _stream(tensor.view(-1), load, buffer)
+            tensor = torch.empty(step.shape, dtype=_torch_dtype(step.dtype))
+            _stream(tensor.view(-1), step, buffer)
         return tensor if change is None else resize_table(tensor, change)
 
 
@@ -175,20 +181,20 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _stream(flat: torch.Tensor, load: Load, buffer: bytearray) -> None:
+def _stream(flat: torch.Tensor, step: Step, buffer: bytearray) -> None:
     """Bytes into a flat tensor on the CPU, cast by torch where the dtype is another."""
     import torch
 
-    src = _torch_dtype(load.step.dtype)
+    src = _torch_dtype(step.dtype)
     if src is flat.dtype:
         flat, src = flat.view(torch.uint8), torch.uint8
-        if load.step.is_copy:
+        if step.is_copy:
             flat[:0].zero_()  # autograd counts changes, and does not see the ones below
-            for _ in derive(load.step, buffer, Derived(), into=bytes_of(flat)):
+            for _ in derive(step, buffer, Derived(), into=bytes_of(flat)):
                 pass
             return
     at = 0
-    for block in derive(load.step, buffer, Derived()):
+    for block in derive(step, buffer, Derived()):
         # torch warns of bytes that cannot be written to
         values = torch.frombuffer(bytearray(block) if block.readonly else block, dtype=src)
         flat[at : at + len(values)].copy_(values)

@@ -55,6 +55,22 @@ class MappedFiles:
         count = run.num_elements
         return torch.frombuffer(held, dtype=dtype, count=count, offset=start).view(shape)
 
+    def release(self, step: Step) -> None:
+        """Let go of the pages of a tensor that nobody has written to; they can be read again."""
+        run = step.runs[0]
+        if run.storage is None:
+            return
+        source, base = run.storage.locate()
+        with self._lock:
+            held = self._maps.get(id(source))
+        if held is None:
+            return
+        start = base + run.offset_bytes
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # its neighbours keep theirs
+        last = (start + run.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            held.madvise(mmap.MADV_DONTNEED, first, last - first)
+
 
 def _check(run: TensorInfo, storage_bytes: memoryview) -> None:
     """The storage's checksum, where there is one and the tensor is all of it."""

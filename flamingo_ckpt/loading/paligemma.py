@@ -229,6 +229,6 @@ def _use_generation_config(model: PaliGemmaForConditionalGeneration, folder: str
         raise CkptError(
             f"the generation config cannot be read: {type(error).__name__}: "
             f"{escape((str(error).splitlines() or [''])[0])}",
-            code="FC402",
+            code="FC408",
             where=path,
         ) from error

@@ -73,7 +73,7 @@ def read_settings(folder: str) -> PaliGemmaSettings:
 
     Raises:
         CkptError: FC404 without the file, FC401 for a field that is missing or out of bounds,
-            FC402 for two that contradict each other, FC403 where it is not PaliGemma's, FC459
+            FC408 for two that contradict each other, FC403 where it is not PaliGemma's, FC459
             where the weights are quantised.
     """
     from flamingo_ckpt.models.config import parse_config
@@ -305,7 +305,7 @@ def _set_image_size(fields: Fields, text: dict[str, Any], vision: dict[str, Any]
             vision["image_size"] = side * patch
             notes.append(
                 Finding(
-                    code="FC402",
+                    code="FC408",
                     severity="info",
                     detail=f"the config has no `vision_config.image_size`; {told} image tokens of "
                     f"{patch} pixels a side make it {side * patch}",

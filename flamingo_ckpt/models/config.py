@@ -103,7 +103,7 @@ def parse_config(mapping: object, where: str, *, layout: str | None = None) -> M
             kind comes with.
 
     Raises:
-        CkptError: FC401 for fields that are missing, of a wrong type or out of bounds, FC402 for
+        CkptError: FC401 for fields that are missing, of a wrong type or out of bounds, FC408 for
             contradictions, FC403 for a kind of model that is not known, FC405 for options that
             have no module tree here.
     """

@@ -168,7 +168,7 @@ def find_family(text: Fields, layers: str | None) -> Family | None:
     """The family of a language-model config; None where `layers` names the decoder by hand.
 
     Raises:
-        CkptError: FC403 for a family that is not known, FC402 where `model_type` and
+        CkptError: FC403 for a family that is not known, FC408 where `model_type` and
             `architectures` name two.
     """
     model_type = text.text("model_type")
@@ -208,7 +208,7 @@ def check_language(text: Fields, family: Family | None) -> int | None:
     """Check the fields of a language-model config; returns its number of layers if they tell.
 
     Raises:
-        CkptError: FC401, FC402 for fields that are missing, wrong or contradict each other.
+        CkptError: FC401, FC408 for fields that are missing, wrong or contradict each other.
     """
     text.flag("tie_word_embeddings")
     _check_arithmetic(text)

@@ -88,14 +88,14 @@ class Fields:
 
     def contradiction(self, message: str, hint: str | None = None) -> CkptError:
         """The error about two fields that cannot both be true."""
-        return self.error(message, "FC402", hint)
+        return self.error(message, "FC408", hint)
 
     def error(self, message: str, code: str, hint: str | None = None) -> CkptError:
         """An error at this config."""
         return CkptError(message, code=code, where=self.where, hint=hint)
 
     def divisible(self, name: str, value: int, by_name: str, by: int) -> None:
-        """Raise `CkptError` (FC402) unless `value` is a multiple of `by`."""
+        """Raise `CkptError` (FC408) unless `value` is a multiple of `by`."""
         if value % by:
             raise self.contradiction(
                 f"`{self.path}{name}` is {value}, which `{self.path}{by_name}` ({by}) does not "

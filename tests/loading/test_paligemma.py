@@ -159,7 +159,7 @@ def test_generation_config(tmp_path: Path, zoo: PaliGemmaZoo) -> None:
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens"')
     with pytest.raises(CkptError, match="generation config") as caught:
         load_hf_model(tmp_path, "cpu")
-    assert caught.value.code == "FC402"
+    assert caught.value.code == "FC408"
 
 
 def test_a_pooling_head_that_nobody_asked_for(tmp_path: Path, zoo: PaliGemmaZoo) -> None:

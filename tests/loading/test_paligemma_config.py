@@ -174,17 +174,17 @@ def test_a_trimmed_config_of_larger_pictures(tmp_path: Path) -> None:
     trimmed = changed(vision__num_image_tokens=1024, text__num_image_tokens=1024)
     found = settings(tmp_path, trimmed)
     assert hf_config(found, 257152, "float32").vision_config.image_size == 448
-    assert [note.code for note in found.notes] == ["FC402"]
+    assert [note.code for note in found.notes] == ["FC408"]
     assert "1024 image tokens" in found.notes[0].detail
 
 
 def test_image_tokens_that_contradict_the_picture(tmp_path: Path) -> None:
     with pytest.raises(CkptError, match=r"`num_image_tokens` is 256.* have 1024") as caught:
         settings(tmp_path, changed(vision__image_size=448))
-    assert caught.value.code == "FC402"
+    assert caught.value.code == "FC408"
     with pytest.raises(CkptError, match="num_image_tokens") as caught:
         settings(tmp_path, changed(text__num_image_tokens=1024))
-    assert caught.value.code == "FC402"
+    assert caught.value.code == "FC408"
 
 
 def test_no_pooling_head(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_the_picture_token_has_no_default(tmp_path: Path) -> None:
     assert built(tmp_path, renamed).image_token_index == 257152
     with pytest.raises(CkptError, match="image_token_id") as caught:
         settings(tmp_path, changed(image_token_id=7))
-    assert caught.value.code == "FC402"
+    assert caught.value.code == "FC408"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_asking_for_a_config_imports_no_torch() -> None:
         ({"media_token_id": 96}, "FC401", "`media_token_id` is 96, not a number from 0 to 95"),
         ({"eoc_token_id": -1}, "FC401", "`eoc_token_id` is -1"),
         ({"eoc_token_id": "93"}, "FC401", "not a whole number"),
-        ({"media_token_id": 4, "eoc_token_id": 4}, "FC402", "are both 4"),
+        ({"media_token_id": 4, "eoc_token_id": 4}, "FC408", "are both 4"),
         ({"vision_tokens": "all"}, "FC401", "`before_ln_post` or `after_ln_post`"),
     ],
 )

@@ -233,12 +233,12 @@ def test_flamingo_of_a_built_tower_is_upstreams() -> None:
         ("llama", {"rope_theta": "500000"}, "FC401"),
         ("llama", {"rms_norm_eps": "1e-6"}, "FC401"),
         ("gpt_neox", {"rotary_pct": 0}, "FC401"),
-        ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC402"),
-        ("gpt_neox", {"rotary_emb_base": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC402"),
+        ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC408"),
+        ("gpt_neox", {"rotary_emb_base": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "FC408"),
         (
             "gpt_neox",
             {"rotary_pct": 0.25, "rope_parameters": {"partial_rotary_factor": 1.0}},
-            "FC402",
+            "FC408",
         ),
     ],
 )

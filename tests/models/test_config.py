@@ -155,7 +155,7 @@ def test_a_family_named_by_hand_is_bounded_too(field: str) -> None:
 def test_an_interval_longer_than_a_family_named_by_hand() -> None:
     text = {"model_type": "gpt2", "n_layer": 3}
     mapping = flamingo() | {"text_config": text, "decoder_layers_attr_name": "transformer.h"}
-    refused(mapping, "FC402", "3 layers")
+    refused(mapping, "FC408", "3 layers")
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_wrong_types_and_absurd_sizes(change: Change) -> None:
     ],
 )
 def test_contradictions(change: Change, words: list[str]) -> None:
-    refused(changed(flamingo(), change), "FC402", *words)
+    refused(changed(flamingo(), change), "FC408", *words)
 
 
 def test_an_unknown_family_is_answered_with_the_known_ones_and_the_way_out() -> None:
@@ -283,8 +283,8 @@ def test_adapters_are_no_part_of_a_tree() -> None:
         ({"vision_cfg.image_size": [224, 224, 224]}, "FC401", "vision_cfg.image_size"),
         ({"vision_cfg.mlp_ratio": 1e9}, "FC401", "vision_cfg.mlp_ratio"),
         ({"text_cfg.mlp_ratio": "4"}, "FC401", "text_cfg.mlp_ratio"),
-        ({"text_cfg.heads": 7}, "FC402", "text_cfg.heads"),
-        ({"vision_cfg.head_width": 100}, "FC402", "vision_cfg.head_width"),
+        ({"text_cfg.heads": 7}, "FC408", "text_cfg.heads"),
+        ({"vision_cfg.head_width": 100}, "FC408", "vision_cfg.head_width"),
         ({"text_cfg.hf_model_name": "roberta-base"}, "FC405", "hf_model_name"),
         ({"multimodal_cfg": {"width": 512}}, "FC405", "multimodal_cfg"),
     ],
@@ -300,8 +300,8 @@ def test_open_clips_form(change: Change, code: str, word: str) -> None:
         ({"text_config.hidden_size": ...}, "FC401", "text_config.hidden_size"),
         ({"vision_config": ...}, "FC401", "vision_config"),
         ({"vision_config.vision_use_head": 1}, "FC401", "vision_use_head"),
-        ({"text_config.num_key_value_heads": 3}, "FC402", "num_key_value_heads"),
-        ({"projection_dim": 1024}, "FC402", "projection_dim"),
+        ({"text_config.num_key_value_heads": 3}, "FC408", "num_key_value_heads"),
+        ({"projection_dim": 1024}, "FC408", "projection_dim"),
     ],
 )
 def test_paligemma(change: Change, code: str, word: str) -> None:

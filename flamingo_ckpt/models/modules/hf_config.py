@@ -46,7 +46,7 @@ class FlamingoConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
             (`perceiver_depth`, `cross_attn_heads`, ...), and the fields of every config.
 
     Raises:
-        CkptError: FC401, FC402, FC403 for a language model that is not known, FC467 where
+        CkptError: FC401, FC408, FC403 for a language model that is not known, FC467 where
             `transformers_weights` names a pickle.
     """
 

@@ -1,0 +1,375 @@
+"""What both models are fed: the same bits for both, on every machine.
+
+Generated inputs come from a hash function and whole numbers, so that no device, library or version
+changes them: pictures with coarse and fine structure, several in a sequence, text before the first
+one, a row without any, padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.tensors import escape
+
+if TYPE_CHECKING:
+    import torch
+
+    from flamingo_ckpt.models.config import ModelConfig
+
+#: Names of the text's tensor, and of the mask that says where it is not padding, by kind of model.
+TEXT: Final = {"flamingo": "lang_x", "clip": "text", "paligemma": "input_ids"}
+PIXELS: Final = {"flamingo": "vision_x", "clip": "image", "paligemma": "pixel_values"}
+MASK: Final = "attention_mask"
+#: What else the tensors of `--inputs` may be called.
+_SYNONYMS: Final = {
+    "flamingo": {"pixel_values": "vision_x", "input_ids": "lang_x"},
+    "clip": {"pixel_values": "image", "input_ids": "text"},
+    "paligemma": {},
+}
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_ROWS, _IMAGES, _TOKENS = 3, 2, 24
+#: Squares of one colour on a side of a generated picture.
+_SQUARES = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Tensors on the CPU, by the names of `TEXT`, `PIXELS` and `MASK`.
+
+    Attributes:
+        kind: of model.
+        tensors: pictures in float32, tokens in int64.
+        source: `generated`, or the file that they are from.
+        seed: of generated ones.
+        media_token_id: of a Flamingo: the token that stands for an image.
+        note: what was decided for the user.
+    """
+
+    kind: str
+    tensors: Mapping[str, torch.Tensor]
+    source: str
+    seed: int | None = None
+    media_token_id: int | None = None
+    note: str = ""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the text is text and not padding: booleans `[rows, tokens]`."""
+        return self.tensors[MASK].bool() if MASK in self.tensors else None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Token ids `[rows, tokens]`."""
+        return self.tensors[TEXT[self.kind]]
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The pictures; their last two axes are height and width."""
+        return self.tensors[PIXELS[self.kind]]
+
+    def sha256(self) -> str:
+        """Of names, dtypes, shapes and bytes of all tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line for people."""
+        rows, length = self.tokens.shape
+        height, width = self.pixels.shape[-2:]
+        many = self.pixels.shape[1] if self.kind == "flamingo" else 1
+        pictures = f"{many} images" if many > 1 else "an image"
+        each = "each " if rows > 1 else ""
+        return f"{rows} rows of {length} tokens, {each}with {pictures} of {height}x{width}"
+
+    def document(self) -> dict[str, Any]:
+        """`data` of the JSON report."""
+        from flamingo_ckpt.tensors import TORCH_DTYPES
+
+        return {
+            "source": self.source,
+            "seed": self.seed,
+            "sha256": self.sha256(),
+            "description": self.describe() + (f"; {self.note}" if self.note else ""),
+            "tensors": [
+                {
+                    "name": name,
+                    "dtype": TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")].name,
+                    "shape": list(tensor.shape),
+                }
+                for name, tensor in self.tensors.items()
+            ],
+        }
+
+
+def draw(seed: int, name: str, count: int, below: int) -> list[int]:
+    """Whole numbers from 0, the same everywhere: SHAKE-128 of the seed and a name.
+
+    >>> draw(0, "example", 4, 100)
+    [95, 62, 91, 99]
+    """
+    raw = hashlib.shake_128(f"flamingo-ckpt parity 1 {seed} {name}".encode()).digest(4 * count)
+    return [int.from_bytes(raw[4 * at : 4 * at + 4], "little") % below for at in range(count)]
+
+
+def pictures(seed: int, count: int, size: tuple[int, int], *, is_siglip: bool) -> torch.Tensor:
+    """Pictures `[count, 3, height, width]` in float32, normalised as their tower expects it.
+
+    Coarse squares of one colour with fine noise on top. Values are those of 8 bits a channel.
+    """
+    import numpy as np
+    import torch
+
+    height, width = size
+    coarse = np.array(draw(seed, "coarse", count * 3 * _SQUARES**2, 256)).reshape(
+        count, 3, _SQUARES, _SQUARES
+    )
+    raw = hashlib.shake_128(f"flamingo-ckpt parity 1 {seed} fine".encode()).digest(
+        count * 3 * height * width
+    )
+    fine = np.frombuffer(raw, np.uint8).reshape(count, 3, height, width)
+    rows, columns = (np.arange(n) * _SQUARES // n for n in (height, width))
+    values = (3 * coarse[:, :, rows][:, :, :, columns] + fine) // 4
+    mean, std = (_HALF, _HALF) if is_siglip else (_CLIP_MEAN, _CLIP_STD)
+    shape = (1, 3, 1, 1)
+    normalised = (values / 255.0 - np.array(mean).reshape(shape)) / np.array(std).reshape(shape)
+    return torch.from_numpy(normalised.astype(np.float32))
+
+
+def generate(kind: str, a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
+    """Inputs for two models of one kind; sizes are the first one's where they differ."""
+    return {"flamingo": _flamingo, "clip": _clip, "paligemma": _paligemma}[kind](a, b, seed)
+
+
+def image_size(config: ModelConfig) -> tuple[int, int]:
+    """(height, width) of a model's pictures."""
+    data = config.data
+    if "vision_cfg" in data:
+        size = data["vision_cfg"].get("image_size", 224)
+    else:
+        size = data["vision_config"].get("image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
+
+
+def media_token(a: ModelConfig, b: ModelConfig) -> tuple[int, str]:
+    """(the token that stands for an image, a note where no config tells it)."""
+    for config in (a, b):
+        if isinstance(config.data.get("media_token_id"), int):
+            return int(config.data["media_token_id"]), ""
+    rows = int(a.data["text_config"]["vocab_size"])
+    return rows - 1, f"no config tells `media_token_id`: the last row, {rows - 1}, is taken"
+
+
+def _words(seed: int, count: int, rows: int, reserved: set[int]) -> list[int]:
+    """Ordinary tokens."""
+    allowed = [one for one in range(min(3, rows - 1), rows) if one not in reserved]
+    return [allowed[at] for at in draw(seed, "words", count, len(allowed))]
+
+
+def _flamingo(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
+    import torch
+
+    text = a.data["text_config"]
+    media, note = media_token(a, b)
+    rows = min(int(one.data["text_config"]["vocab_size"]) for one in (a, b))
+    end, pad = a.data.get("eoc_token_id"), text.get("pad_token_id")
+    pad = pad if isinstance(pad, int) and 0 <= pad < rows else 0
+    reserved = {media, pad, *([end] if isinstance(end, int) else [])}
+    limit = min(
+        (int(text[name]) for name in _LENGTHS if isinstance(text.get(name), int)), default=_TOKENS
+    )
+    length = max(4, min(_TOKENS, limit))
+    images = min(_IMAGES, a.data.get("max_num_media") or _IMAGES)
+    tokens = torch.tensor(_words(seed, _ROWS * length, rows, reserved)).view(_ROWS, length)
+    mask = torch.ones_like(tokens)
+    first, second = length // 6, length // 2
+    tokens[0, first] = tokens[1, 0] = media
+    if images > 1:
+        tokens[0, second] = tokens[1, first + 1] = media
+    if isinstance(end, int) and 0 <= end < rows:
+        tokens[0, second - 1] = end
+    padding = max(1, length // 5)
+    tokens[1, -padding:], mask[1, -padding:] = pad, 0
+    pixels = pictures(seed, _ROWS * images, image_size(a), is_siglip=False)
+    return Inputs(
+        kind="flamingo",
+        tensors={
+            "vision_x": pixels.view(_ROWS, images, 1, *pixels.shape[1:]),
+            "lang_x": tokens,
+            MASK: mask,
+        },
+        source="generated",
+        seed=seed,
+        media_token_id=media,
+        note=note,
+    )
+
+
+#: How language models call the most positions that they have.
+_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def _clip(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
+    import torch
+
+    del b
+    data = a.data
+    native = "vision_cfg" in data
+    text = data["text_cfg"] if native else data["text_config"]
+    length = int(text.get("context_length" if native else "max_position_embeddings", 77))
+    rows = int(text.get("vocab_size", 49408))
+    end = text.get("eos_id") if native else text.get("eos_token_id")
+    if not isinstance(end, int) or end == 2 or not 0 <= end < rows:
+        end = rows - 1  # both libraries then pool at the highest token
+    tokens = torch.tensor(_words(seed, _ROWS * length, rows, {end, rows - 1}))
+    tokens = tokens.view(_ROWS, length)
+    for row in range(_ROWS):  # the first is full, the others end earlier
+        at = length - 1 - row * length // _ROWS
+        tokens[row, at], tokens[row, at + 1 :] = end, 0
+    pixels = pictures(seed, _ROWS, image_size(a), is_siglip=False)
+    return Inputs(
+        kind="clip", tensors={"image": pixels, "text": tokens}, source="generated", seed=seed
+    )
+
+
+def _paligemma(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
+    import torch
+
+    data = a.data
+    vision = data["vision_config"]
+    height, width = image_size(a)
+    patch = int(vision["patch_size"])
+    rows = min(int(one.data["text_config"]["vocab_size"]) for one in (a, b))
+    image = image_token(a)
+    num_patches = (height // patch) * (width // patch)
+    words = torch.tensor(_words(seed, 2 * 10, min(rows, image), {image})).view(2, 10)
+    tokens = torch.cat((torch.full((2, num_patches), image), words), dim=1)
+    mask = torch.ones_like(tokens)
+    tokens[1, -3:], mask[1, -3:] = 0, 0
+    return Inputs(
+        kind="paligemma",
+        tensors={
+            "pixel_values": pictures(seed, 2, (height, width), is_siglip=True),
+            "input_ids": tokens,
+            MASK: mask,
+            # without them transformers' eager attention is causal, and its fused one is not
+            "token_type_ids": torch.zeros_like(tokens),
+        },
+        source="generated",
+        seed=seed,
+    )
+
+
+def image_token(config: ModelConfig) -> int:
+    """PaliGemma's token for a patch of the picture."""
+    found = config.data.get("image_token_index", config.data.get("image_token_id"))
+    return int(found) if isinstance(found, int) else int(config.data["text_config"]["vocab_size"])
+
+
+def read_inputs(path: str, kind: str, a: ModelConfig, b: ModelConfig) -> Inputs:
+    """The user's own inputs, from a safetensors file.
+
+    Args:
+        path: the file. A Flamingo wants `vision_x` `[rows, images, frames, 3, height, width]` (the
+            axis of frames may be left out) and `lang_x` `[rows, tokens]`; CLIP `image` `[n, 3,
+            height, width]` and `text` `[n, tokens]`; PaliGemma `pixel_values` and `input_ids`.
+            `attention_mask` is all ones where it is absent. transformers' names will do.
+        kind: of model.
+        a: the first side's config.
+        b: the second's.
+
+    Raises:
+        CkptError: FC484 naming the tensor that does not serve; what reading the file raises.
+    """
+    import torch
+
+    tensors = _tensors_of(path, kind)
+    text, pixels = TEXT[kind], PIXELS[kind]
+    for name in (text, pixels):
+        if name not in tensors:
+            raise _unfit(path, f"there is no `{name}`", name)
+    tokens = tensors[text]
+    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+        raise _unfit(path, f"`{text}` is not [rows, tokens] of whole numbers", text)
+    tensors[text] = tokens.long()
+    if not tensors[pixels].is_floating_point():
+        raise _unfit(path, f"`{pixels}` is not of floating-point numbers", pixels)
+    tensors[pixels] = tensors[pixels].float()
+    if kind == "flamingo" and tensors[pixels].ndim == 5:
+        tensors[pixels] = tensors[pixels][:, :, None]
+    _check_pixels(path, tensors, kind, a)
+    if kind != "clip":
+        mask = tensors.get(MASK, torch.ones_like(tensors[text]))
+        if mask.shape != tokens.shape:
+            raise _unfit(path, f"`{MASK}` has another shape than `{text}`", MASK)
+        tensors[MASK] = mask.long()
+    if kind == "paligemma":
+        types = tensors.get("token_type_ids", torch.zeros_like(tensors[text]))
+        tensors["token_type_ids"] = types.long()
+    rows = _vocabulary(a)
+    if int(tensors[text].min()) < 0 or int(tensors[text].max()) >= rows:
+        raise _unfit(path, f"`{text}` holds tokens beyond the vocabulary of {rows} rows", text)
+    media, note = media_token(a, b) if kind == "flamingo" else (None, "")
+    return Inputs(kind=kind, tensors=tensors, source=path, media_token_id=media, note=note)
+
+
+def _tensors_of(path: str, kind: str) -> dict[str, torch.Tensor]:
+    from flamingo_ckpt.formats import open_checkpoint
+    from flamingo_ckpt.formats.extract import BLOCK_BYTES
+    from flamingo_ckpt.loading.fill import Reader
+    from flamingo_ckpt.plan import Step
+
+    reader = Reader()
+    known = {TEXT[kind], PIXELS[kind], MASK, "token_type_ids"}
+    found: dict[str, torch.Tensor] = {}
+    for one in open_checkpoint(path).tensors:
+        stored = one.name
+        name = _SYNONYMS[kind].get(stored, stored)
+        if name not in known:
+            raise _unfit(path, f"`{escape(stored)}` is none of " + ", ".join(sorted(known)), stored)
+        if name in found:
+            raise _unfit(path, f"`{name}` is there under two names", stored)
+        step = Step(source=one, name=name, dtype=one.dtype)
+        found[name] = reader.whole(step, None, bytearray(BLOCK_BYTES)).clone()
+    return found
+
+
+def _check_pixels(path: str, tensors: Mapping[str, torch.Tensor], kind: str, a: ModelConfig) -> None:
+    name = PIXELS[kind]
+    shape, rows = tuple(tensors[name].shape), tensors[TEXT[kind]].shape[0]
+    axes = 6 if kind == "flamingo" else 4
+    wanted = (3, *image_size(a))
+    if len(shape) != axes or shape[0] != rows or shape[-3:] != wanted or 0 in shape:
+        outer = "rows, images, frames" if kind == "flamingo" else "rows"
+        raise _unfit(
+            path,
+            f"`{name}` has the shape {list(shape)}, not [{outer}, "
+            + ", ".join(map(str, wanted))
+            + f"] with {rows} rows",
+            name,
+        )
+
+
+def _vocabulary(config: ModelConfig) -> int:
+    data = config.data
+    text = data["text_cfg"] if "text_cfg" in data else data["text_config"]
+    return int(text.get("vocab_size", 49408))
+
+
+def _unfit(path: str, what: str, key: str) -> CkptError:
+    return CkptError(
+        what,
+        code="FC484",
+        where=path,
+        key=key,
+        hint="`flamingo-ckpt inspect` shows what is in the file; the README lists what is wanted",
+    )

@@ -1,0 +1,225 @@
+"""The two sides of a parity check: what each file is, which model it describes, what it lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from flamingo_ckpt.bases import Base
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.layouts.detect import Detection, detect
+from flamingo_ckpt.layouts.layout import BASE_OF_GROUP, group_of
+from flamingo_ckpt.layouts.mapping import read_atoms
+from flamingo_ckpt.layouts.registry import layout_named
+from flamingo_ckpt.prepare import own_config
+from flamingo_ckpt.selection import PlanOptions, choose_tensors
+from flamingo_ckpt.tensors import Manifest, escape
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.models.config import ModelConfig
+
+#: Layout of a file -> the layout whose class computes it. What has no class of its own is carried
+#: through the map into the class of its relatives.
+_COMPUTED_AS: Mapping[str, str] = {
+    "openflamingo": "openflamingo",
+    "openflamingo-full": "openflamingo",
+    "openflamingo-v1": "openflamingo",
+    "hf-flamingo": "hf-flamingo",
+    "open_clip": "open_clip",
+    "open_clip-custom": "open_clip",
+    "timm-clip": "open_clip",
+    "mobileclip": "open_clip",
+    "hf-clip": "hf-clip",
+}
+_UNKNOWN_PRESET = {
+    "flamingo": "openflamingo-3b-vitl-mpt1b",
+    "clip": "vit-l-14-quickgelu",
+    "paligemma": "paligemma-3b-pt-224",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One side of a parity check.
+
+    Attributes:
+        name: `A`, the reference, or `B`.
+        manifest: of the checkpoint.
+        detection: the layout that its keys show.
+        config: of the model; None until another place than its own folder tells it.
+        has_own_config: whether the config lies beside the weights.
+        bases: that fill what it lacks.
+        computed_as: the layout whose class computes it.
+        is_upstream: whether upstream's own classes compute it.
+        wanted_bases: kinds of base that it lacks and that nobody gave.
+    """
+
+    name: str
+    manifest: Manifest
+    detection: Detection
+    config: ModelConfig | None
+    has_own_config: bool
+    bases: tuple[Base, ...] = ()
+    computed_as: str
+    is_upstream: bool = False
+    wanted_bases: tuple[str, ...] = ()
+
+    @property
+    def uri(self) -> str:
+        """As the user named it."""
+        return self.manifest.uri
+
+    @property
+    def kind(self) -> str:
+        """`flamingo`, `clip` or `paligemma`."""
+        return self.detection.layout.space
+
+    @property
+    def model(self) -> ModelConfig:
+        """The config; for a side that has one by now."""
+        assert self.config is not None
+        return self.config
+
+
+def open_pair(
+    a: str,
+    b: str,
+    *,
+    config: str | None = None,
+    bases: Sequence[Base] = (),
+    source_layout: str | None = None,
+    wrapper_key: str | None = None,
+    npy_bfloat16: bool = False,
+    upstream: bool = False,
+) -> tuple[Side, Side]:
+    """Open both sides and give each what it lacks.
+
+    Args:
+        a: the reference.
+        b: what is compared with it.
+        config: a `config.json`, a folder with one or a preset, for sides without a config.
+        bases: fill what a side lacks, and replace nothing.
+        source_layout: A's layout, by name; None goes by the evidence.
+        wrapper_key: the weights of torch files are under this key.
+        npy_bfloat16: read 2-byte void elements of `.npz` as bfloat16.
+        upstream: whether A is computed by OpenFlamingo's own package.
+
+    Raises:
+        CkptError: where a side cannot be read, is of a kind that is not computed here (FC416), or
+            has no config (FC421).
+    """
+    sides = [
+        _open(name, uri, layout, wrapper_key, npy_bfloat16)
+        for name, uri, layout in (("A", a, source_layout), ("B", b, None))
+    ]
+    first, second = sides
+    if first.kind != second.kind:
+        raise CkptError(
+            f"A is `{first.detection.layout.name}`, a {first.kind} model, and B is "
+            f"`{second.detection.layout.name}`, a {second.kind} model",
+            code="FC416",
+            hint="parity compares two forms of one model",
+        )
+    if upstream:
+        if first.kind != "flamingo":
+            raise CkptError(
+                f"A is `{first.detection.layout.name}`, which the package open_flamingo does not "
+                "compute",
+                code="FC006",
+                where=first.uri,
+                hint="leave --reference out",
+            )
+        sides[0] = replace(first, computed_as="openflamingo", is_upstream=True)
+    sides = _with_configs(sides, config)
+    return _with_bases(sides[0], bases), _with_bases(sides[1], bases)
+
+
+def _open(
+    name: str, uri: str, layout: str | None, wrapper_key: str | None, npy_bfloat16: bool
+) -> Side:
+    manifest = open_checkpoint(uri, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
+    chosen = choose_tensors(manifest, PlanOptions(max_expansion=float("inf")))
+    among = (layout_named(layout).name,) if layout else ()
+    detection = detect(chosen.names, manifest.uri, among=among)
+    found = detection.layout
+    computed_as = "paligemma" if found.space == "paligemma" else _COMPUTED_AS.get(found.name)
+    if computed_as is None or found.refused:
+        raise CkptError(
+            f"`{found.name}` ({found.title}) is not computed here",
+            code="FC416",
+            where=manifest.uri,
+            hint="parity computes " + ", ".join([*_COMPUTED_AS, "paligemma and its relatives"]),
+        )
+    own = own_config(manifest)
+    if own is not None and own.kind.partition("_")[0] != found.space:
+        own = None  # of another kind of model, as the language model's beside a Flamingo
+    return Side(
+        name=name,
+        manifest=manifest,
+        detection=detection,
+        config=own,
+        has_own_config=own is not None,
+        computed_as=computed_as,
+    )
+
+
+def _with_configs(sides: Sequence[Side], given: str | None) -> list[Side]:
+    """The config of each side: its own, else what was named, else the other side's."""
+    from flamingo_ckpt.models.config import read_config
+
+    named = None
+    if given is not None:
+        named = read_config(given)
+        if named.kind != sides[0].kind:
+            raise CkptError(
+                f"the config is of a {named.kind} model, and the checkpoints are of a "
+                f"{sides[0].kind} model",
+                code="FC416",
+                where=named.where,
+                hint="--config wants the config of the model that is compared",
+            )
+    found: list[Side] = []
+    for side, other in zip(sides, reversed(sides), strict=True):
+        config = side.config or named or other.config
+        if config is None:
+            raise CkptError(
+                "neither side has a config, and what no shape tells (heads, activation, epsilon) "
+                "is not known",
+                code="FC421",
+                where=side.uri,
+                hint="--config names its config.json or a preset, such as --config "
+                + _UNKNOWN_PRESET[side.kind],
+            )
+        found.append(replace(side, config=config))
+    return found
+
+
+def _with_bases(side: Side, bases: Sequence[Base]) -> Side:
+    lacking = lacking_bases(side)
+    used = tuple(base for base in bases if base.kind in lacking)
+    have = {base.kind for base in used}
+    return replace(
+        side, bases=used, wanted_bases=tuple(kind for kind in lacking if kind not in have)
+    )
+
+
+def lacking_bases(side: Side) -> tuple[str, ...]:
+    """The kinds of base that a partial Flamingo needs: `vision`, `language`, both or none."""
+    if side.kind != "flamingo":
+        return ()
+    chosen = choose_tensors(side.manifest, PlanOptions(max_expansion=float("inf")))
+    table = side.detection.layout.table(side.detection.family)
+    tensors = [replace(one, name=name) for name, one in chosen.names.items()]
+    groups = {group_of(name) for name in read_atoms(tensors, table, {}).atoms}
+    return tuple(
+        BASE_OF_GROUP[group] for group in ("vision", "lm.layers") if group not in groups
+    )
+
+
+def describe_config(side: Side) -> str:
+    """Where a side's config comes from, for people."""
+    where = side.model.where
+    return escape(os.path.relpath(where) if os.path.isabs(where) else where)
