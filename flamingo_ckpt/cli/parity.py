@@ -31,11 +31,13 @@ Examples:
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-@click.command(epilog=EPILOG, short_help="Do the two compute the same, and if not, who is to blame.")
+@click.command(epilog=EPILOG, short_help="Do A and B compute the same; who is to blame.")
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--device", metavar="DEVICE", help="`cpu`, `cuda` or `cuda:1`. Default: cuda where there is one."
+    "--device",
+    metavar="DEVICE",
+    help="`cpu`, `cuda` or `cuda:1`. Default: cuda where there is one.",
 )
 @click.option(
     "--dtype",
@@ -69,7 +71,9 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
     help="Let the upstream package compute A.",
 )
 @click.option(
-    "--config", metavar="FILE", help="The model's config, for a side that has none: a file or preset."
+    "--config",
+    metavar="FILE",
+    help="The model's config, for a side that has none: a file or preset.",
 )
 @bases[0]
 @bases[1]

@@ -1,4 +1,4 @@
-"""Forward parity: do two checkpoints compute the same? If not, which stage, and which tensor?
+"""Forward parity: whether two checkpoints compute the same; if not, which stage, which tensor.
 
 Nothing here imports torch before it is called.
 """

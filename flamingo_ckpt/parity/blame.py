@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flamingo_ckpt.errors import CkptError
-from flamingo_ckpt.parity.inputs import Inputs
+from flamingo_ckpt.parity.inputs import Inputs, set_media_token
 from flamingo_ckpt.parity.opening import Side
 from flamingo_ckpt.parity.parameters import Difference, explain, swapped
 from flamingo_ckpt.parity.result import Blame, Measure, Trial
-from flamingo_ckpt.parity.running import Runner, StopForward
+from flamingo_ckpt.parity.running import FAILURES, Runner, StopForward
 from flamingo_ckpt.parity.shell import Edit, Shell, make_shell
 from flamingo_ckpt.parity.stages import TOKENS, OnStage, home_of, taps_of
 from flamingo_ckpt.parity.suspects import Suspect, config_suspects, module_suspects
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 #: What a side that was changed may end with: it is then no explanation.
-_FAILURES = (CkptError, RuntimeError, ValueError, IndexError, TypeError)
+_FAILURES = (CkptError, *FAILURES)
 #: Faults that are looked for one behind the other.
 _MAX_ROUNDS = 4
 #: Kinds of difference -> how a suspect is put, with the names of the tensors.
@@ -167,7 +167,7 @@ class Investigation:
         chosen = suspect if suspect is not None and suspect.config is not None else self._config
         side = self.b if chosen is None else replace(self.b, config=chosen.config)
         shell = make_shell(side, self.dtype, rows=self.rows)
-        set_media_token(shell, self.inputs)
+        set_media_token(shell.module, self.inputs, is_upstream=side.is_upstream)
         shell.resize_positions()
         return shell
 
@@ -211,7 +211,7 @@ class Investigation:
     def try_whole(
         self, words: str, gates: str, repaired: Sequence[str], suspect: Suspect | None = None
     ) -> Trial:
-        """Run all of the second side, changed: do all stages agree?"""
+        """Run all of the second side, changed, and see whether all stages agree."""
         try:
             first, relative = self._first_divergence(gates, repaired, suspect)
         except _FAILURES:
@@ -283,6 +283,8 @@ def _heard(stage: str, place: Mapping[str, int]) -> str:
     """A stage that is listened to: the place itself, or where its tower's text begins."""
     if stage in place:
         return stage
+    if stage == "vision.post_norm":  # a Flamingo's tokens, or CLIP's features
+        return TOKENS if TOKENS in place else "image_features"
     if stage.endswith(".embeddings"):
         tower = stage.partition(".")[0]
         return next((name for name in place if name.startswith(tower + ".")), stage)
@@ -315,21 +317,3 @@ def describe_differences(found: Mapping[str, Difference]) -> str:
         else:
             told.append(_WORDS[kind].format(names=shown + more))
     return "; ".join(told)
-
-
-def rows_of(shell: Shell) -> int | None:
-    """Rows of a side's vocabulary; None where it has none."""
-    from flamingo_ckpt.vocabulary import EMBED
-
-    piece = shell.atoms.get(EMBED)
-    return piece.shape[0] if piece is not None else None
-
-
-def set_media_token(shell: Shell, inputs: Inputs) -> None:
-    """Tell a Flamingo which token stands for an image, where its config does not."""
-    if inputs.media_token_id is None:
-        return
-    module: Any = shell.module
-    module.media_token_id = inputs.media_token_id
-    if shell.side.is_upstream:
-        module.lang_encoder.media_token_id = inputs.media_token_id

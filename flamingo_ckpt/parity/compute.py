@@ -59,7 +59,7 @@ def _clip(module: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _features(found: Any) -> Any:
-    """transformers 4 gives a tensor, 5 an object that holds it."""
+    """Transformers 4 gives a tensor, 5 an object that holds it."""
     return getattr(found, "pooler_output", found)
 
 

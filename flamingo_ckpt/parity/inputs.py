@@ -343,7 +343,9 @@ def _tensors_of(path: str, kind: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _check_pixels(path: str, tensors: Mapping[str, torch.Tensor], kind: str, a: ModelConfig) -> None:
+def _check_pixels(
+    path: str, tensors: Mapping[str, torch.Tensor], kind: str, a: ModelConfig
+) -> None:
     name = PIXELS[kind]
     shape, rows = tuple(tensors[name].shape), tensors[TEXT[kind]].shape[0]
     axes = 6 if kind == "flamingo" else 4
@@ -373,3 +375,12 @@ def _unfit(path: str, what: str, key: str) -> CkptError:
         key=key,
         hint="`flamingo-ckpt inspect` shows what is in the file; the README lists what is wanted",
     )
+
+
+def set_media_token(module: Any, inputs: Inputs, *, is_upstream: bool = False) -> None:
+    """Tell a Flamingo which token stands for an image, where its config does not."""
+    if inputs.media_token_id is None:
+        return
+    module.media_token_id = inputs.media_token_id
+    if is_upstream:
+        module.lang_encoder.media_token_id = inputs.media_token_id

@@ -15,14 +15,11 @@ from flamingo_ckpt.parity.suspects import Suspect, config_suspects
 _LAST = "logits"
 
 
-def explain_misfit(
-    investigation: Investigation, second: Shell | None, gates: str
-) -> list[Blame]:
+def explain_misfit(investigation: Investigation, gates: str) -> list[Blame]:
     """Try the first side's settings, then its tensors in place of those that do not fit.
 
     Args:
         investigation: with the first side's stages.
-        second: the second side's weights; None where they do not even make a plan.
         gates: of the pass that is run.
     """
     trials: list[Trial] = []
@@ -36,7 +33,7 @@ def explain_misfit(
     shell = investigation.shell_or_none()
     if shell is None:
         return [Blame(stage=_LAST, gates=gates, trials=tuple(trials))]
-    found = dict(_unfit(a, shell, second))
+    found = dict(_unfit(a, shell))
     if not found:
         return [Blame(stage=_LAST, gates=gates, trials=tuple(trials))]
     words = describe_differences(found)
@@ -61,7 +58,7 @@ def _fits(investigation: Investigation, suspect: Suspect) -> bool:
     return all(one.code == "FC204" for one in shell.misfits) or bool(shell.misshapen)
 
 
-def _unfit(a: Shell, shell: Shell, second: Shell | None) -> Iterator[tuple[str, Difference]]:
+def _unfit(a: Shell, shell: Shell) -> Iterator[tuple[str, Difference]]:
     """Canonical tensors that the second side lacks, or has in another shape."""
     for name in a.atoms:
         if name not in shell.atoms:
@@ -78,11 +75,8 @@ def _unfit(a: Shell, shell: Shell, second: Shell | None) -> Iterator[tuple[str, 
         is_short = len(wanted) == len(have) and wanted[1:] == have[1:]
         yield (
             name,
-            Difference(kind="shape", words=f"{told}: B was not resized")
-            if is_short
-            else Difference(kind="shape", words=told),
+            Difference(kind="shape", words=told + (": B was not resized" if is_short else "")),
         )
-    del second
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -85,7 +85,7 @@ def reordered_sums() -> Iterator[None]:
 
     rules = _rules()
 
-    class Reordered(TorchDispatchMode):
+    class Reordered(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:

@@ -214,9 +214,7 @@ def lacking_bases(side: Side) -> tuple[str, ...]:
     table = side.detection.layout.table(side.detection.family)
     tensors = [replace(one, name=name) for name, one in chosen.names.items()]
     groups = {group_of(name) for name in read_atoms(tensors, table, {}).atoms}
-    return tuple(
-        BASE_OF_GROUP[group] for group in ("vision", "lm.layers") if group not in groups
-    )
+    return tuple(BASE_OF_GROUP[group] for group in ("vision", "lm.layers") if group not in groups)
 
 
 def describe_config(side: Side) -> str:

@@ -11,6 +11,7 @@ from flamingo_ckpt.parity.result import Parameters
 from flamingo_ckpt.parity.shell import UNUSED, Shell
 from flamingo_ckpt.parity.stages import part_of
 from flamingo_ckpt.parity.trace import digest_of
+from flamingo_ckpt.vocabulary import EMBED
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 24
 # Tensors of the first side that are digested to find where content went, at most.
 _MAX_DIGESTED_BYTES = 4 << 30
+# Tensors of which more is told than how many elements differ.
+_MAX_EXPLAINED = 32
 # Above this size only what takes one pass is tried.
 _MAX_EXPLAINED_BYTES = 1 << 30
 
@@ -39,8 +42,8 @@ class Difference:
     other: str = ""
 
 
-def compare_parameters(a: Shell, b: Shell, on_bytes: Callable[[int], None]) -> Parameters:
-    """Compare every canonical tensor; a difference is told as count and first element.
+def compare_parameters(a: Shell, b: Shell) -> Parameters:
+    """Compare every canonical tensor; a difference is told by what it looks like.
 
     Values in two dtypes are compared as numbers, which both dtypes have to hold exactly.
     """
@@ -59,7 +62,11 @@ def compare_parameters(a: Shell, b: Shell, on_bytes: Callable[[int], None]) -> P
             different[name] = found
         elif ours.dtype != theirs.dtype:
             cast.append(name)
-        on_bytes(ours.nbytes)
+        for shell in (a, b):
+            shell.release(name)
+    for name, one in explain(a, b, list(different)[:_MAX_EXPLAINED]).items():
+        if one.kind != "values":
+            different[name] = f"{one.words} ({different[name]})"
     return Parameters(
         num_compared=len(both),
         different=different,
@@ -123,9 +130,7 @@ def _uint8() -> torch.dtype:
     return torch.uint8
 
 
-def _blocks(
-    a: torch.Tensor, b: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _blocks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(number of the first element, flat elements of both), in order."""
     if not a.numel():
         return
@@ -135,7 +140,8 @@ def _blocks(
     width = max(1, a[0].numel())
     step = max(1, _BLOCK // width)
     for row in range(0, a.shape[0], step):
-        yield row * width, *(one[row : row + step].reshape(-1) for one in (a, b))
+        x, y = (one[row : row + step].reshape(-1) for one in (a, b))
+        yield row * width, x, y
 
 
 def _unequal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
@@ -397,3 +403,9 @@ def swapped(found: Mapping[str, Difference]) -> list[tuple[str, str]]:
         and found[one.other].other == name
         and name < one.other
     ]
+
+
+def rows_of(shell: Shell) -> int | None:
+    """Rows of a side's vocabulary; None where it has none."""
+    piece = shell.atoms.get(EMBED)
+    return piece.shape[0] if piece is not None else None

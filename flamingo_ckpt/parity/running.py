@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _GATES = (".attn_gate", ".ff_gate")
+#: What a class may raise at inputs or weights that do not serve it.
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 class StopForward(Exception):  # noqa: N818
@@ -37,7 +38,6 @@ class Runner:
         device: in torch's spelling.
         budget: bytes of weights that may be in memory; None for all of them.
         num_forwards: runs so far.
-        load_seconds: that were spent on reading weights before the first run.
     """
 
     shell: Shell
@@ -45,7 +45,6 @@ class Runner:
     device: str
     budget: int | None = None
     num_forwards: int = 0
-    load_seconds: float = 0.0
     taps: list[Tap] = field(default_factory=list)
     _stream: Any = None
 
@@ -56,7 +55,6 @@ class Runner:
 
     def open(self) -> Runner:
         """Bring the weights in, or get ready to."""
-        started = time.monotonic()
         self.taps = taps_of(self.shell)
         module = self.shell.module
         if self.budget is None:
@@ -72,7 +70,6 @@ class Runner:
         rebuild_buffers(module, self.device)
         if self.device != "cpu":
             _move_buffers(module, self.device)
-        self.load_seconds = time.monotonic() - started
         return self
 
     def weight(self, key: str) -> torch.Tensor:
@@ -112,6 +109,8 @@ class Runner:
                     on_stage(stage, tensor)
             except StopForward:
                 pass
+            except (MemoryError, RuntimeError) as error:
+                raise _out_of_memory(error, self) or error from None
 
     def greedy(self, inputs: Inputs, count: int) -> tuple[list[int], list[float]]:
         """As `continue_greedily`, with the gates as they are."""
@@ -150,6 +149,21 @@ class Runner:
         finally:
             for parameter, data in kept:
                 parameter.data = data
+
+
+def _out_of_memory(error: BaseException, runner: Runner) -> CkptError | None:
+    """What to do about memory that does not suffice; None for another error."""
+    words = str(error)
+    if not isinstance(error, MemoryError) and not any(
+        told in words for told in ("out of memory", "can't allocate memory")
+    ):
+        return None
+    return CkptError(
+        f"{runner.shell.side.name} does not fit into the memory of `{runner.device}`",
+        code="FC489",
+        where=runner.shell.side.uri,
+        hint="--max-memory SIZE streams the weights; fewer or smaller inputs take less as well",
+    )
 
 
 def _move_buffers(module: Any, device: str) -> None:

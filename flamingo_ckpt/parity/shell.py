@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.layouts.detect import detect
 from flamingo_ckpt.layouts.mapping import Piece, Reading, read_atoms
-from flamingo_ckpt.layouts.registry import layout_named
 from flamingo_ckpt.loading.engine import places_of
 from flamingo_ckpt.loading.fill import Reader
 from flamingo_ckpt.loading.targets import Target, targets_of
@@ -25,9 +25,8 @@ from flamingo_ckpt.parity.opening import Side
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.prepare import family_of
 from flamingo_ckpt.selection import PlanOptions
-from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.stream import check_premises
-from flamingo_ckpt.tensors import TensorInfo, escape, format_shape
+from flamingo_ckpt.tensors import TORCH_DTYPES, TensorInfo, escape, format_shape
 from flamingo_ckpt.vocabulary import EMBED
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class Shell:
 
     def resize_positions(self) -> None:
         """Bring tables of positions that are of another grid to the module's, as loaders do."""
-        from flamingo_ckpt.loading.resize import plan_resize, position_tables, resize_table
+        from flamingo_ckpt.loading.resize import plan_resize, position_tables
 
         tables = position_tables(self.module)
         for key, step in self.misshapen.items():
@@ -146,14 +145,24 @@ class Shell:
                 continue
             if change is not None:
                 stored = self.reader.whole(step, change, self._buffer)
-                self.edits.setdefault(key, []).append(lambda _, own=stored: own)
+                self.edits.setdefault(key, []).append(_always(stored))
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights in a dtype."""
+    def release(self, canonical: str) -> None:
+        """Let go of the memory that reading a canonical tensor took."""
+        step = self.steps.get(self.target_of(canonical).key)
+        if step is not None:
+            self.reader.release(step)
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes of all weights in a dtype of torch."""
+        width = TORCH_DTYPES[dtype].bits // 8
         return sum(
-            math.prod(one.shape) * (dtype.itemsize if one.dtype.is_real_float else 8)
-            for one in self.targets
+            math.prod(one.shape) * (width if one.dtype.is_real_float else 8) for one in self.targets
         )
+
+
+def _always(tensor: torch.Tensor) -> Edit:
+    return lambda _: tensor
 
 
 def _contiguous() -> Any:
@@ -169,9 +178,7 @@ def _sizes(piece: Piece) -> list[int]:
 def _strided(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The elements of a piece within its contiguous tensor, with one axis for each factor."""
     strides = [stride for axis in piece.view.axes for _, stride in axis]
-    return tensor.as_strided(
-        _sizes(piece), strides, tensor.storage_offset() + piece.view.offset
-    )
+    return tensor.as_strided(_sizes(piece), strides, tensor.storage_offset() + piece.view.offset)
 
 
 def view_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -267,7 +274,8 @@ def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _read_plan(plan: Plan, dims: Mapping[str, int]) -> Reading:
-    assert plan.target is not None and plan.layout is not None
+    assert plan.target is not None
+    assert plan.layout is not None
     tensors = [
         TensorInfo(name=name, dtype=step.dtype, shape=step.shape)
         for step in plan.steps
@@ -301,16 +309,14 @@ def _pair(
         used |= {id(step) for step in found}
         if found and _fits(found[0], target):
             steps[target.key] = found[0]
-            misfits += _twins(found, target, side)
+            misfits += _twins(found, side)
         elif found:
             misshapen[target.key] = found[0]
             misfits.append(_misshapen(found[0], target, side))
         elif not _may_lack(target, reading):
             misfits.append(_missing(target, reading, side))
     extra = [
-        step
-        for step in plan.steps
-        if id(step) not in used and step.name not in planned.dropped
+        step for step in plan.steps if id(step) not in used and step.name not in planned.dropped
     ]
     return steps, misshapen, [*misfits, *(_unexpected(step, side) for step in extra)]
 
@@ -340,13 +346,13 @@ def _may_lack(target: Target, reading: Reading) -> bool:
     return not target.is_parameter or bool(parts and parts <= UNUSED)
 
 
-def _twins(steps: list[Step], target: Target, side: Side) -> Iterator[Finding]:
+def _twins(steps: list[Step], side: Side) -> Iterator[Finding]:
     """A tied tensor of which the checkpoint holds two that are not the same."""
-    from flamingo_ckpt.diff.bits import digest_of_step
+    from flamingo_ckpt.diff.likeness import digest_of_runs
 
     first, *more = steps
     for other in more:
-        if digest_of_step(first) != digest_of_step(other):
+        if digest_of_runs(first.runs) != digest_of_runs(other.runs):
             yield Finding(
                 code="FC202",
                 severity="error",
@@ -385,8 +391,8 @@ def _unexpected(step: Step, side: Side) -> Finding:
         code="FC204",
         severity="error",
         key=step.source.name,
-        detail=f"{side.name} has `{escape(step.source.name)}` ({step.source.describe()}), which the "
-        "model of its config does not have",
+        detail=f"{side.name} has `{escape(step.source.name)}` ({step.source.describe()}), which "
+        "the model of its config does not have",
         data={"side": side.name},
     )
 

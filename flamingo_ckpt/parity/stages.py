@@ -25,8 +25,8 @@ OnStage = Callable[[str, "torch.Tensor"], None]
 #: tokens, width]`, and padding is in them.
 _TEXT_PARTS = ("lm", "xattn")
 EMBEDDINGS = ".embeddings"
-#: Parts that are no stages: one class has them as modules and another does not, the logits are the
-#: same, or (`post_norm` of a Flamingo's tower) only what nobody uses goes through them.
+#: Parts that are no stages: one class has them as modules and another does not, or the logits are
+#: the same.
 _NO_STAGES = re.compile(
     r"(vision|text)\.(class|patch|position|token)_embedding"
     r"|lm\.(embed_positions|project_in|project_out|head)|(vision|text)\.projection"
@@ -59,6 +59,8 @@ def part_of(canonical: str) -> str:
     ('vision.layers.3', 'xattn.1')
     """
     words = canonical.split(".")
+    if words[0] == "projector":
+        return words[0]
     return ".".join(words[:3] if len(words) > 2 and words[1] == "layers" else words[:2])
 
 
@@ -78,10 +80,8 @@ def home_of(canonical: str) -> str:
         return "perceiver.layers.0"
     if (tower, leaf) in (("lm", "head"), ("lm", "project_out")) or tower.startswith("logit_"):
         return "logits"
-    if tower in ("vision", "text") and leaf == "projection":
+    if leaf == "projection":
         return {"vision": "image_features", "text": "text_features"}[tower]
-    if tower == "projector":
-        return "projector"
     return part_of(canonical)
 
 
@@ -110,13 +110,14 @@ def taps_of(shell: Shell) -> list[Tap]:
         if own == whole[part] - UNUSED and _is_called(module):
             # the innermost: a wrapper around it gives the same
             found[part] = Tap(stage=part, module=module, path=path)
-    is_flamingo = shell.side.kind == "flamingo"
+    # open_clip's towers may norm all tokens or one, a Flamingo uses neither
+    lone_norm = "" if shell.side.kind == "paligemma" else "vision.post_norm"
     taps = [
         tap
         for tap in found.values()
         if not _NO_STAGES.fullmatch(tap.stage)
         and not tap.stage.startswith("perceiver.layers.")
-        and not (is_flamingo and tap.stage == "vision.post_norm")
+        and tap.stage != lone_norm
     ]
     return [*taps, *_between(found), *_perceiver(shell.module)]
 

@@ -226,6 +226,6 @@ def _toggle_tokens(_: nn.Module, model: nn.Module) -> None:
     whole: Any = model
     if hasattr(whole, "_normalises_tokens"):
         whole._normalises_tokens = not whole._normalises_tokens
-    tower = getattr(whole, "vision_encoder", None)
+    tower: Any = getattr(whole, "vision_encoder", None)
     if hasattr(tower, "final_ln_after_pool"):
         tower.final_ln_after_pool = not tower.final_ln_after_pool

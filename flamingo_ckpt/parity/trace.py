@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,10 +45,9 @@ class Trace:
         import torch
 
         flat = tensor.detach().contiguous().cpu()
-        raw = flat.view(-1).view(torch.uint8).numpy()
         with open(self.path, "ab") as file:
             offset = file.tell()
-            file.write(memoryview(raw))
+            file.write(flat.view(-1).view(torch.uint8).numpy())
         self.stages[stage] = _Entry(offset, tuple(flat.shape), flat.dtype)
         self.digests[stage] = digest_of(flat)
 
@@ -78,7 +76,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 
     flat = tensor.detach().contiguous().cpu()
     digest = new_digest()
-    digest.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))
+    digest.update(flat.view(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
 
 
@@ -179,17 +177,3 @@ def num_not_finite(tensor: torch.Tensor, stage: str, mask: torch.Tensor | None) 
     if mask is not None and is_text(stage) and tensor.shape[:2] == mask.shape:
         tensor = tensor[mask.to(tensor.device)]
     return int((~tensor.isfinite()).sum())
-
-
-def with_tolerance(
-    one: Measure, noise: float, factor: float, floor: float
-) -> Measure:
-    """The same, with what rounding explains: a multiple of the noise, or of one rounding."""
-    from dataclasses import replace
-
-    return replace(one, noise=noise, tolerance=factor * max(noise, floor))
-
-
-def worst(measures: Mapping[str, Measure]) -> float:
-    """The largest relative difference."""
-    return max((one.relative for one in measures.values()), default=0.0)

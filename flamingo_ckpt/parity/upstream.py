@@ -110,8 +110,10 @@ def _take_masks_by_name(language: nn.Module) -> None:
     """Upstream's layer hands its second argument on as `attention_mask`; MosaicGPT's is a bias."""
     from flamingo_ckpt.models.modules.mosaic_gpt import MosaicBlock
 
-    class Named(MosaicBlock):
-        def forward(self, hidden_states: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    class Named(MosaicBlock):  # type: ignore[no-untyped-call]
+        def forward(  # type: ignore[override]
+            self, hidden_states: Any, attention_mask: Any, **kwargs: Any
+        ) -> Any:
             return super().forward(hidden_states, attention_mask, **kwargs)
 
     for part in language.modules():
