@@ -63,7 +63,7 @@ _SHARED = (
         "--output",
         type=click.Path(dir_okay=False),
         metavar="FILE",
-        help="Write the report to FILE too (.json or .md).",
+        help="Write the report to FILE too (.json or .md; parity also .html).",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Answer by the exit code alone."),
     click.option("-v", "--verbose", is_flag=True, help="List everything, fold nothing away."),
@@ -106,7 +106,7 @@ def verb(function: Verb) -> Callable[..., int]:
         argv = context.find_root().meta.get("argv", ())
         started = time.monotonic()
         try:
-            out.check()
+            out.check(context.info_name or "")
             report = function(out=out, argv=argv, started=started, **options)
         except CkptError as error:
             if debug:

@@ -17,6 +17,8 @@ from flamingo_ckpt.tensors import escape
 
 #: `--output` suffixes that can be written.
 OUTPUT_SUFFIXES = (".json", ".md")
+#: Those of one verb's reports besides.
+_OWN_SUFFIXES = {"parity": (".html",)}
 _COLORS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 
 
@@ -32,13 +34,14 @@ class Output:
     progress: bool = True
     debug: bool = False
 
-    def check(self) -> None:
-        """Raise FC006 for an `--output` that no rendering exists for."""
-        if self.output and os.path.splitext(self.output)[1].lower() not in OUTPUT_SUFFIXES:
+    def check(self, command: str) -> None:
+        """Raise FC006 for an `--output` that a verb's report has no rendering for."""
+        suffixes = _suffixes(command)
+        if self.output and os.path.splitext(self.output)[1].lower() not in suffixes:
             raise CkptError(
-                f"`{self.output}` has a suffix that no report format has",
+                f"`{self.output}` has a suffix that no report format of `{command}` has",
                 code="FC006",
-                hint="reports are written to " + " or ".join(OUTPUT_SUFFIXES),
+                hint="reports are written to " + " or ".join(suffixes),
             )
         if self.output:
             from flamingo_ckpt.formats.staging import check_replaceable
@@ -47,7 +50,7 @@ class Output:
 
     def emit(self, report: Report, where: str | None = None) -> None:
         """Print the report, and write it to `--output`."""
-        if self.output and os.path.splitext(self.output)[1].lower() in OUTPUT_SUFFIXES:
+        if self.output and os.path.splitext(self.output)[1].lower() in _suffixes(report.command):
             self._write(report)
         if self.json:
             click.echo(json.dumps(to_document(report), indent=2))
@@ -67,6 +70,10 @@ class Output:
             from flamingo_ckpt.report.markdown import to_markdown
 
             content = to_markdown(report) + "\n"
+        elif path.lower().endswith(".html"):
+            from flamingo_ckpt.report.parity_html import to_html
+
+            content = to_html(report)
         else:
             content = json.dumps(to_document(report), indent=2) + "\n"
         # Here, because --help and a failed parse need none of it.
@@ -132,6 +139,10 @@ class Output:
                 bars.advance(tasks[name], num_bytes)
 
             yield Progress(advance)
+
+
+def _suffixes(command: str) -> tuple[str, ...]:
+    return (*OUTPUT_SUFFIXES, *_OWN_SUFFIXES.get(command, ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,4 +220,5 @@ def lacking_bases(side: Side) -> tuple[str, ...]:
 def describe_config(side: Side) -> str:
     """Where a side's config comes from, for people."""
     where = side.model.where
-    return escape(os.path.relpath(where) if os.path.isabs(where) else where)
+    near = os.path.relpath(where) if os.path.isabs(where) else where
+    return escape(where if near.startswith(os.pardir) else near)

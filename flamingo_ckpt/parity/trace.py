@@ -47,7 +47,7 @@ class Trace:
         flat = tensor.detach().contiguous().cpu()
         with open(self.path, "ab") as file:
             offset = file.tell()
-            file.write(flat.view(-1).view(torch.uint8).numpy())
+            file.write(flat.view(-1).view(torch.uint8).numpy().data)
         self.stages[stage] = _Entry(offset, tuple(flat.shape), flat.dtype)
         self.digests[stage] = digest_of(flat)
 

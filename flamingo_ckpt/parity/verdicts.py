@@ -323,7 +323,7 @@ def blame_findings(blame: Sequence[Blame], keys: Keys) -> Iterator[Finding]:
             )
             continue
         names = list(one.tensors)
-        told = [escape(keys.both(name)[1] or name) for name in names]
+        told = list(dict.fromkeys(escape(keys.both(name)[1] or name) for name in names))
         yield Finding(
             code="FC483",
             severity="error",

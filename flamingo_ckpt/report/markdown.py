@@ -17,21 +17,26 @@ def to_markdown(report: Report) -> str:
     lines += ["`" + _code("flamingo-ckpt " + " ".join(report.argv)) + "`", ""]
     if report.inputs:
         columns = ("uri", "format", "layout", "wrapper", "prefix", "num_tensors", "num_bytes")
-        lines += _table(columns, ([one[name] for name in columns] for one in report.inputs))
-    if report.summary:
+        lines += table(columns, ([one[name] for name in columns] for one in report.inputs))
+    if report.command == "parity" and report.summary:
+        from flamingo_ckpt.report.parity_markdown import parity_sections
+
+        lines += parity_sections(report)
+    elif report.summary:
         counts = [(name, value) for name, value in report.summary.items() if name != "files"]
-        lines += _table(("count", "value"), counts)
+        lines += table(("count", "value"), counts)
         files = report.summary.get("files")
         if files:
             rows = [(one["path"], one["num_bytes"]) for one in files]
-            lines += _table(("file", "bytes"), rows)
+            lines += table(("file", "bytes"), rows)
     if report.findings:
         told = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
-        lines += _table(("severity", "code", "key", "detail", "hint"), told)
+        lines += table(("severity", "code", "key", "detail", "hint"), told)
     return "\n".join(lines)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table and the empty line after it; cells are escaped, columns are ours."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     return [*lines, ""]
@@ -40,9 +45,13 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = (
+    return prose(
         ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
     )
+
+
+def prose(text: str) -> str:
+    """Text that Markdown and HTML leave as it is, on one line."""
     text = html.escape(escape(text), quote=False)
     for char in "\\|*_[]":
         text = text.replace(char, "\\" + char)

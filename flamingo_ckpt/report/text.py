@@ -40,13 +40,17 @@ def render(report: Report, *, verbose: bool = False) -> list[str]:
         from flamingo_ckpt.report.diff_text import render_diff
 
         return [*lines, *render_diff(report, verbose=verbose)]
+    elif report.command == "parity":
+        from flamingo_ckpt.report.parity_text import render_parity
+
+        return [*lines, *render_parity(report, verbose=verbose)]
     elif report.command == "layouts":
         from flamingo_ckpt.report.layouts_text import render_layouts
 
         lines += render_layouts(report)
     else:
         lines += {"inspect": _inspect, "convert": _convert}[report.command](report, verbose)
-    lines += _findings(report.findings, verbose)
+    lines += render_findings(report.findings, verbose)
     return lines
 
 
@@ -258,7 +262,7 @@ def _verify(report: Report) -> list[str]:
     return lines
 
 
-def _findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
+def render_findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
     """Errors and warnings one by one, the informative ones counted by kind unless asked for."""
     lines: list[str] = []
     for severity in ("error", "warning"):
