@@ -156,14 +156,23 @@ def _not_run(error: CkptError) -> Any:
 def _report(pair: Any, result: Any, argv: tuple[str, ...], started: float) -> Report:
     from flamingo_ckpt.parity import extra_of, summary_of
 
+    from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
+
     manifests = [side.manifest for side in pair]
+    prefixes = [
+        describe_prefixes({strip_wrappers(tensor.name)[1] for tensor in one.tensors})
+        for one in manifests
+    ]
     files = [finding for manifest in manifests for finding in manifest.findings]
     return Report(
         command="parity",
         argv=argv,
         verdict=result.verdict,
         exit_code={"pass": 0, "fail": 1, "incomplete": 3}[result.verdict],
-        inputs=tuple(describe_input(one, None, layout_name(one)) for one in manifests),
+        inputs=tuple(
+            describe_input(one, prefix, layout_name(one))
+            for one, prefix in zip(manifests, prefixes, strict=True)
+        ),
         summary=summary_of(result),
         findings=(*result.findings, *files),
         duration_seconds=time.monotonic() - started,
