@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.parity.inputs import MASK, Inputs
+from flamingo_ckpt.parity.towers import pooled
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def on_device(inputs: Inputs, device: str, dtype: str) -> dict[str, torch.Tensor
 
 def forward(module: nn.Module, kind: str, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """One forward: stage -> tensor, of what the model gives at the end."""
-    return {"flamingo": _flamingo, "clip": _clip, "paligemma": _paligemma}[kind](module, tensors)
+    return _FORWARDS[kind](module, tensors)
 
 
 def _flamingo(module: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +57,13 @@ def _clip(module: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     bias = getattr(module, "logit_bias", None)
     found = {"image_features": image, "text_features": text}
     return {**found, LOGITS: logits if bias is None else logits + bias}
+
+
+def _tower(module: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image_features": pooled(module, tensors["image"])}
+
+
+_FORWARDS = {"flamingo": _flamingo, "clip": _clip, "tower": _tower, "paligemma": _paligemma}
 
 
 def _features(found: Any) -> Any:

@@ -21,13 +21,22 @@ if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
 #: Names of the text's tensor, and of the mask that says where it is not padding, by kind of model.
+#: (CLIP's image tower alone has none.)
 TEXT: Final = {"flamingo": "lang_x", "clip": "text", "paligemma": "input_ids"}
-PIXELS: Final = {"flamingo": "vision_x", "clip": "image", "paligemma": "pixel_values"}
+PIXELS: Final = {
+    "flamingo": "vision_x",
+    "clip": "image",
+    "tower": "image",
+    "paligemma": "pixel_values",
+}
 MASK: Final = "attention_mask"
+#: Kinds of model that write.
+WRITING: Final = ("flamingo", "paligemma")
 #: What else the tensors of `--inputs` may be called.
 _SYNONYMS: Final = {
     "flamingo": {"pixel_values": "vision_x", "input_ids": "lang_x"},
     "clip": {"pixel_values": "image", "input_ids": "text"},
+    "tower": {"pixel_values": "image"},
     "paligemma": {},
 }
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -64,7 +73,7 @@ class Inputs:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """Token ids `[rows, tokens]`."""
+        """Token ids `[rows, tokens]`; of a kind of model that reads text."""
         return self.tensors[TEXT[self.kind]]
 
     @property
@@ -83,8 +92,10 @@ class Inputs:
 
     def describe(self) -> str:
         """One line for people."""
-        rows, length = self.tokens.shape
         height, width = self.pixels.shape[-2:]
+        if self.kind not in TEXT:
+            return f"{len(self.pixels)} images of {height}x{width}"
+        rows, length = self.tokens.shape
         many = self.pixels.shape[1] if self.kind == "flamingo" else 1
         pictures = f"{many} images" if many > 1 else "an image"
         each = "each " if rows > 1 else ""
@@ -146,16 +157,14 @@ def pictures(seed: int, count: int, size: tuple[int, int], *, is_siglip: bool) -
 
 def generate(kind: str, a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     """Inputs for two models of one kind; sizes are the first one's where they differ."""
-    return {"flamingo": _flamingo, "clip": _clip, "paligemma": _paligemma}[kind](a, b, seed)
+    make = {"flamingo": _flamingo, "clip": _clip, "tower": _tower, "paligemma": _paligemma}
+    return make[kind](a, b, seed)
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
     """(height, width) of a model's pictures."""
     data = config.data
-    if "vision_cfg" in data:
-        size = data["vision_cfg"].get("image_size", 224)
-    else:
-        size = data["vision_config"].get("image_size", 224)
+    size = data.get("vision_cfg", data.get("vision_config", data)).get("image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(height), int(width)
 
@@ -241,6 +250,12 @@ def _clip(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     )
 
 
+def _tower(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
+    del b
+    pixels = pictures(seed, _ROWS, image_size(a), is_siglip=False)
+    return Inputs(kind="tower", tensors={"image": pixels}, source="generated", seed=seed)
+
+
 def _paligemma(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     import torch
 
@@ -290,23 +305,36 @@ def read_inputs(path: str, kind: str, a: ModelConfig, b: ModelConfig) -> Inputs:
     Raises:
         CkptError: FC484 naming the tensor that does not serve; what reading the file raises.
     """
-    import torch
-
     tensors = _tensors_of(path, kind)
-    text, pixels = TEXT[kind], PIXELS[kind]
-    for name in (text, pixels):
+    wanted = [TEXT[kind], PIXELS[kind]] if kind in TEXT else [PIXELS[kind]]
+    for name in wanted:
         if name not in tensors:
             raise _unfit(path, f"there is no `{name}`", name)
-    tokens = tensors[text]
-    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
-        raise _unfit(path, f"`{text}` is not [rows, tokens] of whole numbers", text)
-    tensors[text] = tokens.long()
+    if kind in TEXT:
+        _check_text(path, tensors, kind, a)
+    pixels = PIXELS[kind]
     if not tensors[pixels].is_floating_point():
         raise _unfit(path, f"`{pixels}` is not of floating-point numbers", pixels)
     tensors[pixels] = tensors[pixels].float()
     if kind == "flamingo" and tensors[pixels].ndim == 5:
         tensors[pixels] = tensors[pixels][:, :, None]
     _check_pixels(path, tensors, kind, a)
+    media, note = media_token(a, b) if kind == "flamingo" else (None, "")
+    return Inputs(kind=kind, tensors=tensors, source=path, media_token_id=media, note=note)
+
+
+def _check_text(path: str, tensors: dict[str, torch.Tensor], kind: str, a: ModelConfig) -> None:
+    """Check the tokens, and add what may be left out beside them."""
+    import torch
+
+    text = TEXT[kind]
+    tokens = tensors[text]
+    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+        raise _unfit(path, f"`{text}` is not [rows, tokens] of whole numbers", text)
+    tensors[text] = tokens.long()
+    rows = _vocabulary(a)
+    if int(tensors[text].min()) < 0 or int(tensors[text].max()) >= rows:
+        raise _unfit(path, f"`{text}` holds tokens beyond the vocabulary of {rows} rows", text)
     if kind != "clip":
         mask = tensors.get(MASK, torch.ones_like(tensors[text]))
         if mask.shape != tokens.shape:
@@ -314,12 +342,11 @@ def read_inputs(path: str, kind: str, a: ModelConfig, b: ModelConfig) -> Inputs:
         tensors[MASK] = mask.long()
     if kind == "paligemma":
         types = tensors.get("token_type_ids", torch.zeros_like(tensors[text]))
+        if types.shape != tokens.shape:
+            raise _unfit(
+                path, f"`token_type_ids` has another shape than `{text}`", "token_type_ids"
+            )
         tensors["token_type_ids"] = types.long()
-    rows = _vocabulary(a)
-    if int(tensors[text].min()) < 0 or int(tensors[text].max()) >= rows:
-        raise _unfit(path, f"`{text}` holds tokens beyond the vocabulary of {rows} rows", text)
-    media, note = media_token(a, b) if kind == "flamingo" else (None, "")
-    return Inputs(kind=kind, tensors=tensors, source=path, media_token_id=media, note=note)
 
 
 def _tensors_of(path: str, kind: str) -> dict[str, torch.Tensor]:
@@ -329,7 +356,8 @@ def _tensors_of(path: str, kind: str) -> dict[str, torch.Tensor]:
     from flamingo_ckpt.plan import Step
 
     reader = Reader()
-    known = {TEXT[kind], PIXELS[kind], MASK, "token_type_ids"}
+    known = {PIXELS[kind], *([TEXT[kind]] if kind in TEXT else [])}
+    known |= {"flamingo": {MASK}, "paligemma": {MASK, "token_type_ids"}}.get(kind, set())
     found: dict[str, torch.Tensor] = {}
     for one in open_checkpoint(path).tensors:
         stored = one.name
@@ -347,7 +375,10 @@ def _check_pixels(
     path: str, tensors: Mapping[str, torch.Tensor], kind: str, a: ModelConfig
 ) -> None:
     name = PIXELS[kind]
-    shape, rows = tuple(tensors[name].shape), tensors[TEXT[kind]].shape[0]
+    shape = tuple(tensors[name].shape)
+    # CLIP compares every picture with every text, so their numbers need not be the same
+    paired = kind in ("flamingo", "paligemma")
+    rows = tensors[TEXT[kind]].shape[0] if paired else shape[0] if shape else 0
     axes = 6 if kind == "flamingo" else 4
     wanted = (3, *image_size(a))
     if len(shape) != axes or shape[0] != rows or shape[-3:] != wanted or 0 in shape:
@@ -356,7 +387,7 @@ def _check_pixels(
             path,
             f"`{name}` has the shape {list(shape)}, not [{outer}, "
             + ", ".join(map(str, wanted))
-            + f"] with {rows} rows",
+            + (f"] with {rows} rows" if paired else "]"),
             name,
         )
 

@@ -21,6 +21,8 @@ from flamingo_ckpt.tensors import Manifest, escape
 if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
+#: What no Flamingo's tower computes with, and some towers that stand alone have not.
+PROJECTION = "vision.projection.weight"
 #: Layout of a file -> the layout whose class computes it. What has no class of its own is carried
 #: through the map into the class of its relatives.
 _COMPUTED_AS: Mapping[str, str] = {
@@ -30,6 +32,7 @@ _COMPUTED_AS: Mapping[str, str] = {
     "hf-flamingo": "hf-flamingo",
     "open_clip": "open_clip",
     "open_clip-custom": "open_clip",
+    "open_clip-visual": "open_clip",
     "timm-clip": "open_clip",
     "mobileclip": "open_clip",
     "hf-clip": "hf-clip",
@@ -54,6 +57,8 @@ class Side:
         bases: that fill what it lacks.
         computed_as: the layout whose class computes it.
         is_upstream: whether upstream's own classes compute it.
+        is_tower: whether CLIP's image tower alone is computed, because one side has no more.
+        is_projected: whether such a tower ends with its projection: both sides have one.
         wanted_bases: kinds of base that it lacks and that nobody gave.
     """
 
@@ -65,6 +70,8 @@ class Side:
     bases: tuple[Base, ...] = ()
     computed_as: str
     is_upstream: bool = False
+    is_tower: bool = False
+    is_projected: bool = False
     wanted_bases: tuple[str, ...] = ()
 
     @property
@@ -74,7 +81,12 @@ class Side:
 
     @property
     def kind(self) -> str:
-        """`flamingo`, `clip` or `paligemma`."""
+        """`flamingo`, `clip`, `tower` (CLIP's image tower) or `paligemma`."""
+        return "tower" if self.is_tower else self.space
+
+    @property
+    def space(self) -> str:
+        """The kind of model that its keys name, and its config describes."""
         return self.detection.layout.space
 
     @property
@@ -116,7 +128,7 @@ def open_pair(
         for name, uri, layout in (("A", a, source_layout), ("B", b, None))
     ]
     first, second = sides
-    if first.kind != second.kind:
+    if first.space != second.space:
         raise CkptError(
             f"A is `{first.detection.layout.name}`, a {first.kind} model, and B is "
             f"`{second.detection.layout.name}`, a {second.kind} model",
@@ -134,6 +146,9 @@ def open_pair(
             )
         sides[0] = replace(first, computed_as="openflamingo", is_upstream=True)
     sides = _with_configs(sides, config)
+    if first.space == "clip" and not all(_has_text(side) for side in sides):
+        projected = all(PROJECTION in _atoms(side) for side in sides)
+        sides = [replace(side, is_tower=True, is_projected=projected) for side in sides]
     return _with_bases(sides[0], bases), _with_bases(sides[1], bases)
 
 
@@ -173,7 +188,7 @@ def _with_configs(sides: Sequence[Side], given: str | None) -> list[Side]:
     named = None
     if given is not None:
         named = read_config(given)
-        if named.kind != sides[0].kind:
+        if named.kind.partition("_")[0] != sides[0].space:
             raise CkptError(
                 f"the config is of a {named.kind} model, and the checkpoints are of a "
                 f"{sides[0].kind} model",
@@ -197,6 +212,13 @@ def _with_configs(sides: Sequence[Side], given: str | None) -> list[Side]:
     return found
 
 
+def _has_text(side: Side) -> bool:
+    """Whether a CLIP is more than its image tower, by its keys and by its config."""
+    if side.model.kind == "clip_vision" or side.detection.layout.name == "open_clip-visual":
+        return False
+    return any(group_of(name) == "text" for name in _atoms(side))
+
+
 def _with_bases(side: Side, bases: Sequence[Base]) -> Side:
     lacking = lacking_bases(side)
     used = tuple(base for base in bases if base.kind in lacking)
@@ -210,11 +232,16 @@ def lacking_bases(side: Side) -> tuple[str, ...]:
     """The kinds of base that a partial Flamingo needs: `vision`, `language`, both or none."""
     if side.kind != "flamingo":
         return ()
+    groups = {group_of(name) for name in _atoms(side)}
+    return tuple(BASE_OF_GROUP[group] for group in ("vision", "lm.layers") if group not in groups)
+
+
+def _atoms(side: Side) -> set[str]:
+    """Canonical names of what a checkpoint holds."""
     chosen = choose_tensors(side.manifest, PlanOptions(max_expansion=float("inf")))
     table = side.detection.layout.table(side.detection.family)
     tensors = [replace(one, name=name) for name, one in chosen.names.items()]
-    groups = {group_of(name) for name in read_atoms(tensors, table, {}).atoms}
-    return tuple(BASE_OF_GROUP[group] for group in ("vision", "lm.layers") if group not in groups)
+    return set(read_atoms(tensors, table, {}).atoms)
 
 
 def describe_config(side: Side) -> str:

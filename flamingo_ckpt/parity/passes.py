@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flamingo_ckpt.errors import CkptError
-from flamingo_ckpt.parity.inputs import Inputs, set_media_token
+from flamingo_ckpt.parity.inputs import WRITING, Inputs, set_media_token
 from flamingo_ckpt.parity.memory import weight_budget
 from flamingo_ckpt.parity.numerics import unit_roundoff
 from flamingo_ckpt.parity.result import DECIDING, Measure, Pass
@@ -251,7 +251,8 @@ def _repeat(
 
 def _write(runner: Runner, run: SideRun, setting: Setting) -> None:
     """The greedy continuation; not where each token would read all weights again."""
-    if setting.inputs.kind == "clip" or runner.is_streamed or not setting.num_greedy:
+    writes = setting.inputs.kind in WRITING and bool(setting.num_greedy)
+    if runner.is_streamed or not writes:
         return
     setting.on_step(f"{runner.shell.side.name} writes {setting.num_greedy} tokens")
     try:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.layouts.detect import detect
+from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.mapping import Piece, Reading, read_atoms
 from flamingo_ckpt.loading.engine import places_of
 from flamingo_ckpt.loading.fill import Reader
 from flamingo_ckpt.loading.targets import Target, targets_of
 from flamingo_ckpt.map_plan import MapOptions, make_map_plan
 from flamingo_ckpt.models.head_counts import head_counts
-from flamingo_ckpt.parity.opening import Side
+from flamingo_ckpt.parity.opening import PROJECTION, Side
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.prepare import family_of
 from flamingo_ckpt.selection import PlanOptions
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from flamingo_ckpt.models.config import ModelConfig
 
 #: No Flamingo computes with its tower's projection, and the Hugging Face port has none.
-UNUSED = frozenset({"vision.projection.weight"})
+UNUSED = frozenset({PROJECTION})
 #: What a change of a weight is given and gives: the tensor as the file has it.
 Edit = Callable[["torch.Tensor"], "torch.Tensor"]
 
@@ -200,7 +201,7 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
     layout = "openflamingo-full" if side.computed_as == "openflamingo" else side.computed_as
     if layout == "paligemma" and side.detection.layout.name.startswith("paligemma-l"):
         layout = side.detection.layout.name  # the file's own names: nothing is renamed twice
-    if layout == "open_clip" and side.model.data.get("custom_text"):
+    if layout == "open_clip" and side.model.data.get("custom_text") and not side.is_tower:
         layout = "open_clip-custom"
     plan = make_map_plan(
         side.manifest,
@@ -247,6 +248,12 @@ def _construct(side: Side, dtype: str) -> nn.Module:
             from flamingo_ckpt.parity.upstream import build_upstream
 
             return build_upstream(side.model, dtype, device)
+        if side.is_tower:
+            from flamingo_ckpt.parity.towers import build_tower
+
+            return build_tower(
+                side.model, side.computed_as, dtype, device, projection=side.is_projected
+            )
         return build(side.model, side.computed_as, device=device, dtype=dtype)
 
     module = made("meta")
@@ -316,9 +323,18 @@ def _pair(
         elif not _may_lack(target, reading):
             misfits.append(_missing(target, reading, side))
     extra = [
-        step for step in plan.steps if id(step) not in used and step.name not in planned.dropped
+        step
+        for step in plan.steps
+        if id(step) not in used
+        and step.name not in planned.dropped
+        and not (side.is_tower and _is_beside_tower(planned.names.get(step.name, ())))
     ]
     return steps, misshapen, [*misfits, *(_unexpected(step, side) for step in extra)]
+
+
+def _is_beside_tower(parts: tuple[str, ...]) -> bool:
+    """Whether a tensor is of CLIP's other half, or of a projection that one side may lack."""
+    return all(group_of(part) != "vision" or part in UNUSED for part in parts)
 
 
 def _steps_for(

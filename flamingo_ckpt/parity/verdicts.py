@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.models.settings import differing, settings_of
-from flamingo_ckpt.parity.inputs import Inputs
+from flamingo_ckpt.parity.inputs import WRITING, Inputs
 from flamingo_ckpt.parity.opening import Side, describe_config
 from flamingo_ckpt.parity.passes import SideRun
 from flamingo_ckpt.parity.result import Blame, Greedy, Measure, Parameters, Pass
@@ -279,7 +279,7 @@ def _how_far(one: Measure) -> str:
 
 def greedy_of(runs: tuple[SideRun, SideRun], inputs: Inputs, count: int) -> Greedy | None:
     """The two continuations, compared; None for a kind of model that writes nothing."""
-    if inputs.kind == "clip":
+    if inputs.kind not in WRITING:
         return None
     if not count:
         return Greedy(note="not run: --greedy 0")
