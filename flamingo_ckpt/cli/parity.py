@@ -154,9 +154,8 @@ def _not_run(error: CkptError) -> Any:
 
 
 def _report(pair: Any, result: Any, argv: tuple[str, ...], started: float) -> Report:
-    from flamingo_ckpt.parity import extra_of, summary_of
-
     from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
+    from flamingo_ckpt.parity import extra_of, summary_of
 
     manifests = [side.manifest for side in pair]
     prefixes = [
@@ -194,15 +193,15 @@ def _gates(value: str | None) -> tuple[str, ...] | None:
 
 
 def _check_inputs(chosen: dict[str, Any]) -> None:
-    own = [f"--{name}" for name in ("image", "prompt") if chosen[_PLACES[name]]]
+    given = {"--image": bool(chosen["images"]), "--prompt": chosen["prompt"] is not None}
+    own = [name for name, is_given in given.items() if is_given]
     if chosen["inputs"] and own:
         raise CkptError(
             f"--inputs and {' and '.join(own)} both say what the models are fed",
             code="FC006",
             hint="leave one out",
         )
-    if chosen["tokenizer"] and not chosen["prompt"]:
-        raise CkptError("--tokenizer without --prompt", code="FC006", hint="give a --prompt")
-
-
-_PLACES = {"image": "images", "prompt": "prompt"}
+    if chosen["tokenizer"] and not own:
+        raise CkptError(
+            "--tokenizer without --prompt or --image", code="FC006", hint="give a --prompt"
+        )

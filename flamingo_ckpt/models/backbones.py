@@ -218,7 +218,8 @@ def paligemma(data: Mapping[str, Any], attn_implementation: str | None = None) -
     vision, text = data["vision_config"], data["text_config"]
     # Version 5 writes the inner field's default beside an upper `false`, version 4 the other way.
     tied = False not in (text.get("tie_word_embeddings"), data.get("tie_word_embeddings"))
-    image_token = data.get("image_token_index", data.get("image_token_id"))
+    image_token = data.get("image_token_index")
+    image_token = data.get("image_token_id") if image_token is None else image_token
     config = PaliGemmaConfig(
         vision_config={
             "model_type": "siglip_vision_model",

@@ -123,6 +123,7 @@ class _Check:
             second, reason = _second(self.b, dtypes[0])
         self.findings += verdicts.setting_findings(self.a, self.b)
         setting = self._setting(first, second)
+        self.findings += verdicts.input_findings(setting.inputs)
         rows = _missing_rows(first, second, setting.inputs)
         if second is None or rows is not None or any(m.code in _FATAL for m in second.misfits):
             self.findings += verdicts.misfit_findings(second, reason, rows)

@@ -95,11 +95,12 @@ class Inputs:
         height, width = self.pixels.shape[-2:]
         if self.kind not in TEXT:
             return f"{len(self.pixels)} images of {height}x{width}"
-        rows, length = self.tokens.shape
+        num_rows, length = self.tokens.shape
+        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
         many = self.pixels.shape[1] if self.kind == "flamingo" else 1
         pictures = f"{many} images" if many > 1 else "an image"
-        each = "each " if rows > 1 else ""
-        return f"{rows} rows of {length} tokens, {each}with {pictures} of {height}x{width}"
+        each = "each " if num_rows > 1 else ""
+        return f"{rows} of {length} tokens, {each}with {pictures} of {height}x{width}"
 
     def document(self) -> dict[str, Any]:
         """`data` of the JSON report."""
@@ -194,7 +195,7 @@ def _flamingo(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     pad = pad if isinstance(pad, int) and 0 <= pad < rows else 0
     reserved = {media, pad, *([end] if isinstance(end, int) else [])}
     limit = min(
-        (int(text[name]) for name in _LENGTHS if isinstance(text.get(name), int)), default=_TOKENS
+        (int(text[name]) for name in LENGTHS if isinstance(text.get(name), int)), default=_TOKENS
     )
     length = max(4, min(_TOKENS, limit))
     images = min(_IMAGES, a.data.get("max_num_media") or _IMAGES)
@@ -224,7 +225,14 @@ def _flamingo(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
 
 
 #: How language models call the most positions that they have.
-_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def context_length(config: ModelConfig) -> int:
+    """Tokens that a CLIP's text tower takes."""
+    if "vision_cfg" in config.data:
+        return int(config.data["text_cfg"].get("context_length", 77))
+    return int(config.data["text_config"].get("max_position_embeddings", 77))
 
 
 def _clip(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
@@ -234,8 +242,7 @@ def _clip(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     data = a.data
     native = "vision_cfg" in data
     text = data["text_cfg"] if native else data["text_config"]
-    length = int(text.get("context_length" if native else "max_position_embeddings", 77))
-    rows = int(text.get("vocab_size", 49408))
+    length, rows = context_length(a), vocabulary_rows(a)
     end = text.get("eos_id") if native else text.get("eos_token_id")
     if not isinstance(end, int) or end == 2 or not 0 <= end < rows:
         end = rows - 1  # both libraries then pool at the highest token
@@ -285,9 +292,21 @@ def _paligemma(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
 
 
 def image_token(config: ModelConfig) -> int:
-    """PaliGemma's token for a patch of the picture."""
-    found = config.data.get("image_token_index", config.data.get("image_token_id"))
-    return int(found) if isinstance(found, int) else int(config.data["text_config"]["vocab_size"])
+    """PaliGemma's token for a patch of the picture.
+
+    Raises:
+        CkptError: FC468 where the config has none.
+    """
+    for name in ("image_token_index", "image_token_id"):
+        found = config.data.get(name)
+        if isinstance(found, int):
+            return found
+    raise CkptError(
+        "the config does not tell which token stands for a picture",
+        code="FC468",
+        where=config.where,
+        hint="`image_token_index` in config.json; Google's releases have 257152",
+    )
 
 
 def read_inputs(path: str, kind: str, a: ModelConfig, b: ModelConfig) -> Inputs:
@@ -329,17 +348,24 @@ def _check_text(path: str, tensors: dict[str, torch.Tensor], kind: str, a: Model
 
     text = TEXT[kind]
     tokens = tensors[text]
-    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+    is_whole = not (tokens.is_floating_point() or tokens.is_complex()) and tokens.ndim == 2
+    if not is_whole or tokens.dtype == torch.bool or not tokens.numel():
         raise _unfit(path, f"`{text}` is not [rows, tokens] of whole numbers", text)
     tensors[text] = tokens.long()
-    rows = _vocabulary(a)
+    rows = vocabulary_rows(a)
     if int(tensors[text].min()) < 0 or int(tensors[text].max()) >= rows:
         raise _unfit(path, f"`{text}` holds tokens beyond the vocabulary of {rows} rows", text)
+    if kind == "clip" and tokens.shape[1] != (length := context_length(a)):
+        raise _unfit(
+            path, f"`{text}` has {tokens.shape[1]} tokens a row, and the model takes {length}", text
+        )
     if kind != "clip":
         mask = tensors.get(MASK, torch.ones_like(tensors[text]))
         if mask.shape != tokens.shape:
             raise _unfit(path, f"`{MASK}` has another shape than `{text}`", MASK)
         tensors[MASK] = mask.long()
+        if not bool(tensors[MASK].any(dim=1).all()):
+            raise _unfit(path, f"`{MASK}` hides a whole row: nothing of it is compared", MASK)
     if kind == "paligemma":
         types = tensors.get("token_type_ids", torch.zeros_like(tensors[text]))
         if types.shape != tokens.shape:
@@ -392,7 +418,8 @@ def _check_pixels(
         )
 
 
-def _vocabulary(config: ModelConfig) -> int:
+def vocabulary_rows(config: ModelConfig) -> int:
+    """Rows of the vocabulary that a config tells."""
     data = config.data
     text = data["text_cfg"] if "text_cfg" in data else data["text_config"]
     return int(text.get("vocab_size", 49408))

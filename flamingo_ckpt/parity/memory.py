@@ -7,6 +7,8 @@ from flamingo_ckpt.tensors import escape
 
 #: Of the memory that is free, the share that weights may fill; the rest is for what is computed.
 _SHARE, _STREAMED_SHARE = 0.75, 0.5
+#: Of `mallopt`: blocks from this size on are maps of their own.
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -57,6 +59,20 @@ def _left(limit: str, usage: str) -> int | None:
     except (OSError, ValueError):  # none, or `max`
         return None
     return max(most - used, 0)
+
+
+def return_large_blocks() -> None:
+    """Let the C library give memory of large tensors back as soon as they are freed.
+
+    glibc keeps such blocks for later once it has seen some, and what is computed layer by layer
+    then leaves a heap of holes several times its size. For the rest of the process; another C
+    library is left as it is.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def resolve_device(wanted: str | None) -> str:

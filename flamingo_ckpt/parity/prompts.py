@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.parity.inputs import (
+    LENGTHS,
     MASK,
     Inputs,
     image_size,
     image_token,
     media_token,
     pictures,
+    vocabulary_rows,
 )
 from flamingo_ckpt.parity.opening import Side
 from flamingo_ckpt.parity.preprocess import open_picture, prepare, shown
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
     from flamingo_ckpt.models.config import ModelConfig
 
+#: Kinds of model that compute nothing without a picture, and what to call them.
+_NEED_PICTURES: Final = {
+    "flamingo": "a Flamingo",
+    "tower": "an image tower",
+    "paligemma": "PaliGemma",
+}
 #: What stands for a picture in a prompt, of Flamingo and of PaliGemma.
 MEDIA: Final = "<image>"
 #: Any of these tells that a folder has a tokenizer.
@@ -43,8 +51,6 @@ _TOKENIZERS: Final = (
 )
 #: Rows of CLIP's own vocabulary, which open_clip ships.
 _CLIP_ROWS: Final = 49408
-#: How language models call the most positions that they have.
-_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +115,8 @@ def prompt_inputs(
         pair: the two sides.
         images: files. A Flamingo takes any number, one for each `<image>` of the prompt; PaliGemma
             takes one; CLIP compares each with the prompt, or a generated one where there is none.
-        prompt: the text. Without one a Flamingo is given `<image>` for each picture.
+        prompt: the text. Without one a Flamingo is given `<image>` for each picture. An image tower
+            that stands alone reads none.
         tokenizer: a folder, looked at before those of sides and bases.
 
     Returns:
@@ -122,8 +129,10 @@ def prompt_inputs(
             tokenizer that is no folder.
     """
     kind = pair[0].kind
-    if not images and kind != "clip":
-        raise _unfit(f"a {kind} model needs a picture", hint="--image names one")
+    if not images and kind in _NEED_PICTURES:
+        raise _unfit(f"{_NEED_PICTURES[kind]} needs a picture", hint="--image names one")
+    if prompt and kind == "tower":
+        raise _unfit("an image tower reads no text", hint="leave --prompt out")
     if len(images) > 1 and kind == "paligemma":
         raise _unfit(
             f"there are {len(images)} pictures, and PaliGemma takes one", hint="give one --image"
@@ -141,7 +150,7 @@ def prompt_inputs(
         prompt=prompt,
         tokenizer=tokenizer,
     )
-    make = {"flamingo": _flamingo, "clip": _clip, "paligemma": _paligemma}[kind]
+    make = {"flamingo": _flamingo, "clip": _clip, "tower": _tower, "paligemma": _paligemma}[kind]
     return lambda a, b: make(request, a, b)
 
 
@@ -190,29 +199,36 @@ def _flamingo_tokens(
         raise _other_token(media, f"`media_token_id` is {told}", folder)
     with quiet_libraries():
         ids = tokenizer(request.prompt or MEDIA * count)["input_ids"]
-    _check_rows(ids, tokenizer, folder, (a, b))
+    _check_rows(ids, tokenizer, folder, a)
     note = f"text by the tokenizer in {shown(folder)}"
     return ids, media, f"{note}, whose `{MEDIA}` is {media}" if untold else note
 
 
 def _clip(request: _Request, a: ModelConfig, b: ModelConfig) -> Inputs:
+    del b
     if request.pictures:
         pixels, how = request.prepared(a)
     else:
         pixels = pictures(0, 1, image_size(a), is_siglip=False)
         how = "no --image: the picture is a generated one"
-    row, whose = _clip_tokens(request, a, b)
+    row, whose = _clip_tokens(request, a)
     # Logits are [pictures, texts]; with a row for each picture, rows are what they are elsewhere.
     return request.inputs({"image": pixels, "text": row.repeat(len(pixels), 1)}, (how, whose))
 
 
-def _clip_tokens(request: _Request, a: ModelConfig, b: ModelConfig) -> tuple[torch.Tensor, str]:
+def _tower(request: _Request, a: ModelConfig, b: ModelConfig) -> Inputs:
+    del b
+    pixels, how = request.prepared(a)
+    return request.inputs({"image": pixels}, (how,))
+
+
+def _clip_tokens(request: _Request, a: ModelConfig) -> tuple[torch.Tensor, str]:
     """(token ids `[1, context length]`, where they are from)."""
     import torch
 
     text = _text(a)
     length = int(text.get("context_length", text.get("max_position_embeddings", 77)))
-    is_own = _rows(a) == _CLIP_ROWS and not text.get("hf_tokenizer_name")
+    is_own = vocabulary_rows(a) == _CLIP_ROWS and not text.get("hf_tokenizer_name")
     if is_own and request.tokenizer is None:
         from flamingo_ckpt.models.torchvision_compat import import_torchvision
 
@@ -220,7 +236,7 @@ def _clip_tokens(request: _Request, a: ModelConfig, b: ModelConfig) -> tuple[tor
         from open_clip.tokenizer import tokenize  # type: ignore[import-untyped]
 
         row = tokenize([request.prompt], length)
-        _check_rows(row[0].tolist(), None, None, (a, b))
+        _check_rows(row[0].tolist(), None, None, a)
         # one token more than the model takes, to see whether there are as many
         is_cut = bool(tokenize([request.prompt], length + 1)[0, -1])
         return row, "text by open_clip's tokenizer" + _cut(is_cut, length)
@@ -234,7 +250,7 @@ def _clip_tokens(request: _Request, a: ModelConfig, b: ModelConfig) -> tuple[tor
     if not ids:
         raise _unfit("the prompt has no tokens", where=folder, hint="give another --prompt")
     ids += [tokenizer.pad_token_id or 0] * (length - len(ids))
-    _check_rows(ids, tokenizer, folder, (a, b))
+    _check_rows(ids, tokenizer, folder, a)
     note = f"text by the tokenizer in {shown(folder)}" + _cut(is_cut, length)
     return torch.tensor([ids]), note
 
@@ -245,6 +261,7 @@ def _cut(is_cut: bool, length: int) -> str:
 
 def _paligemma(request: _Request, a: ModelConfig, b: ModelConfig) -> Inputs:
     """As transformers' `PaliGemmaProcessor`: tokens of the picture, `<bos>`, prompt, new line."""
+    del b
     import torch
 
     pixels, how = request.prepared(a)
@@ -270,7 +287,7 @@ def _paligemma(request: _Request, a: ModelConfig, b: ModelConfig) -> Inputs:
         tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         for text in (before, f"{tokenizer.bos_token}{after}\n")
     )
-    _check_rows([*first, *last], tokenizer, folder, (a, b))
+    _check_rows([*first, *last], tokenizer, folder, a)
     height, width = image_size(a)
     patch = int(a.data["vision_config"]["patch_size"])
     ids = [*first, *[image] * ((height // patch) * (width // patch)), *last]
@@ -317,22 +334,16 @@ def _check_rows(
     ids: Sequence[int],
     tokenizer: Any,
     where: str | None,
-    configs: tuple[ModelConfig, ModelConfig],
+    config: ModelConfig,
 ) -> None:
-    """Refuse tokens that either model has no row for."""
-    highest = max(ids)
-    for side, config in zip("AB", configs, strict=True):
-        rows = _rows(config)
-        if highest < rows:
-            continue
+    """Refuse tokens that the reference has no row for; where B has none, that is the answer."""
+    highest, rows = max(ids), vocabulary_rows(config)
+    if highest >= rows:
         name = "" if tokenizer is None else f"`{_spelled(tokenizer, highest)}` is "
-        hint = "the tokenizer belongs to another model"
-        if side == "B":
-            hint += ", or B's vocabulary lost rows: a check without --prompt tells"
         raise _unfit(
-            f"{name}token {highest} of the prompt: the vocabulary of {side} has {rows} rows",
+            f"{name}token {highest} of the prompt: the vocabulary of A has {rows} rows",
             where=where,
-            hint=hint,
+            hint="the tokenizer belongs to another model",
         )
 
 
@@ -341,7 +352,7 @@ def _spelled(tokenizer: Any, token: int) -> str:
 
 
 def _check_length(ids: Sequence[int], config: ModelConfig) -> None:
-    limits = [one for one in (_text(config).get(name) for name in _LENGTHS) if type(one) is int]
+    limits = [one for one in (_text(config).get(name) for name in LENGTHS) if type(one) is int]
     if limits and len(ids) > min(limits):
         raise _unfit(
             f"the text has {len(ids)} tokens, and the model takes {min(limits)}",
@@ -353,10 +364,6 @@ def _text(config: ModelConfig) -> Mapping[str, Any]:
     data = config.data
     found: Mapping[str, Any] = data["text_cfg"] if "text_cfg" in data else data["text_config"]
     return found
-
-
-def _rows(config: ModelConfig) -> int:
-    return int(_text(config).get("vocab_size", _CLIP_ROWS))
 
 
 def _other_token(found: int, wanted: str, folder: str) -> CkptError:

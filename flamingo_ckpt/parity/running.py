@@ -12,6 +12,7 @@ from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.loading.buffers import rebuild_buffers
 from flamingo_ckpt.parity.compute import continue_greedily, forward, gates_of, on_device
 from flamingo_ckpt.parity.inputs import Inputs
+from flamingo_ckpt.parity.memory import return_large_blocks
 from flamingo_ckpt.parity.numerics import reordered_sums
 from flamingo_ckpt.parity.shell import Shell, put
 from flamingo_ckpt.parity.stages import OnStage, Tap, listening, taps_of
@@ -66,6 +67,7 @@ class Runner:
             }
             put(module, tensors)
         else:
+            return_large_blocks()
             self._stream = StreamedWeights(self)
         rebuild_buffers(module, self.device)
         if self.device != "cpu":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Elements that are compared at a time: what is held in float64 stays small.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,19 @@ def parameter_findings(parameters: Parameters, keys: Keys) -> Iterator[Finding]:
 # --- runs -----------------------------------------------------------------------------------------
 
 
+def input_findings(inputs: Inputs) -> Iterator[Finding]:
+    """What inputs of the user's own cannot show."""
+    media = inputs.media_token_id
+    if media is not None and not bool((inputs.tokens == media).any()):
+        yield Finding(
+            code="FC485",
+            severity="warning",
+            detail=f"no text of the inputs has the token of an image ({media}): nothing looks at a "
+            "picture, and cross-attention is not compared",
+            hint="put the token where each image belongs, or leave --inputs out",
+        )
+
+
 def run_findings(runs: tuple[SideRun, SideRun], gates: Sequence[str]) -> Iterator[Finding]:
     """What kept a run from being compared, and what no pass saw."""
     for name, run in zip("AB", runs, strict=True):
