@@ -73,6 +73,7 @@ class Investigation:
     _repaired: list[str] = field(default_factory=list)
     _config: Suspect | None = None
     _changes: list[tuple[str, Suspect]] = field(default_factory=list)
+    _touched: set[str] = field(default_factory=set)
 
     def blame(self, stage: str, gates: str, different: Iterable[str]) -> Iterator[Blame]:
         """Explain a divergence; then, with that mended, the next one, and so on.
@@ -97,50 +98,56 @@ class Investigation:
     # --- one stage --------------------------------------------------------------------------------
 
     def _one(self, stage: str, gates: str, different: Sequence[str]) -> Blame:
+        """Weights first, then settings, then both at once."""
         suspected = self._weights_at(stage, gates, different)
-        trials: list[Trial] = []
+        tensors: dict[str, tuple[str, str]] = {}
+        weights, trials = "", []
         if suspected:
             shell = self.make_shell()
-            told = explain(self.a, shell, suspected)
-            words = describe_differences(told)
-            trials.append(self._try(words, stage, gates, repaired=suspected))
-            if trials[-1].agrees:
-                self._repaired += suspected
             tensors = {name: (self.a.key_of(name), shell.key_of(name)) for name in suspected}
-            if trials[-1].agrees:
-                return Blame(
-                    stage=stage,
-                    gates=gates,
-                    tensors=tensors,
-                    suspect=words,
-                    trials=tuple(trials),
-                )
-        else:
-            tensors = {}
+            weights = describe_differences(explain(self.a, shell, suspected))
+            trials.append(self._try(weights, stage, gates, suspected))
+        if not trials or not trials[-1].agrees:
+            trials += self._try_settings(stage, gates, suspected, weights)
+        last = trials[-1] if trials else None
+        if last is not None and last.agrees and weights not in last.suspect:
+            # a setting alone; what else differs here is as innocent as it can be
+            touched = self._touched & tensors.keys()
+            tensors = {name: keys for name, keys in tensors.items() if name in touched}
+        return Blame(
+            stage=stage,
+            gates=gates,
+            tensors=tensors,
+            suspect=last.suspect if last is not None and last.agrees else "",
+            trials=tuple(trials),
+        )
+
+    def _try_settings(
+        self, stage: str, gates: str, suspected: Sequence[str], weights: str
+    ) -> Iterator[Trial]:
+        """Until one agrees; each alone, and with the weights put right."""
         for suspect in self._settings_at(stage):
-            trials.append(self._try(suspect.words, stage, gates, suspected, suspect))
-            if trials[-1].agrees:
-                self._accept(stage, suspect)
-                self._repaired += suspected
-                return Blame(
-                    stage=stage,
-                    gates=gates,
-                    tensors=tensors,
-                    suspect=suspect.words,
-                    trials=tuple(trials),
-                )
-        return Blame(stage=stage, gates=gates, tensors=tensors, trials=tuple(trials))
+            words = suspect.words
+            for told, repaired in ((words, ()), (f"{words}; {weights}", tuple(suspected))):
+                if repaired or told is words:
+                    trial = self._try(told, stage, gates, repaired, suspect)
+                    if trial.agrees:
+                        self._accept(stage, suspect)
+                    yield trial
+                    if trial.agrees:
+                        return
 
     def _weights_at(self, stage: str, gates: str, different: Sequence[str]) -> list[str]:
-        """Differing tensors that can have changed this stage and none before it."""
-        order = list(self.traces[gates].stages)
-        place = {name: at for at, name in enumerate(order)}
-        here = place.get(stage, len(order))
-        return [
-            name
-            for name in different
-            if place.get(_heard(home_of(name), place), here) <= here and not name.startswith("_")
-        ]
+        """Differing tensors at home in this stage; else those that come before it.
+
+        What differs in stages that agree is too small to be seen there, and innocent of this one
+        as long as anything at home here differs.
+        """
+        place = {name: at for at, name in enumerate(self.traces[gates].stages)}
+        here = place.get(stage, len(place))
+        homes = {name: place.get(_heard(home_of(name), place), here) for name in different}
+        near = [name for name, at in homes.items() if at == here]
+        return near or [name for name, at in homes.items() if at < here]
 
     def _settings_at(self, stage: str) -> Iterator[Suspect]:
         base = self._config.config if self._config is not None else None
@@ -151,6 +158,7 @@ class Investigation:
         yield from module_suspects(module, stage)
 
     def _accept(self, stage: str, suspect: Suspect) -> None:
+        self._touched = set(suspect.touches)
         if suspect.config is not None:
             self._config = suspect
         else:
@@ -179,7 +187,7 @@ class Investigation:
         repaired: Sequence[str] = (),
         suspect: Suspect | None = None,
     ) -> Trial:
-        """Run the second side up to a stage, changed."""
+        """Run the second side up to a stage, changed; what makes it agree stays changed."""
         heard: dict[str, Measure] = {}
         trace, mask = self.traces[gates], self.inputs.mask
 
@@ -198,6 +206,8 @@ class Investigation:
             return Trial(suspect=words, relative=math.nan, agrees=False)
         tolerance = self.tolerances[gates].get(stage, 0.0)
         agrees = found.relative <= tolerance and not found.num_bad
+        if agrees:
+            self._repaired += repaired
         return Trial(suspect=words, relative=found.relative, agrees=agrees)
 
     def next_divergence(self, gates: str) -> str | None:

@@ -127,7 +127,7 @@ class _Check:
         rows = _missing_rows(first, second, setting.inputs)
         if second is None or rows is not None or any(m.code in _FATAL for m in second.misfits):
             self.findings += verdicts.misfit_findings(second, reason, rows)
-            return self._misfit(first, second, setting, dtypes[0], rows)
+            return self._misfit(first, second, setting, dtypes[0])
         self.findings += second.misfits
         return self._run(first, second, setting, dtypes)
 
@@ -185,7 +185,6 @@ class _Check:
         second: Shell | None,
         setting: Setting,
         dtype: str,
-        rows: tuple[int, int] | None,
     ) -> ParityResult:
         """B cannot be run as it is: what would make it compute what A does."""
         with self._timed("forward"):
@@ -193,7 +192,7 @@ class _Check:
         self.on_step("looking for the fault")
         with self._timed("blame"):
             investigation = self._investigation(first, ours, setting)
-            investigation.rows = rows[0] if rows is not None else None
+            investigation.rows = rows_of(first)
             blame = explain_misfit(investigation, setting.gates[-1])
         self.findings += verdicts.blame_findings(blame, verdicts.Keys(first, second))
         return ParityResult(

@@ -24,6 +24,10 @@ def explain_misfit(investigation: Investigation, gates: str) -> list[Blame]:
     """
     trials: list[Trial] = []
     a = investigation.a
+    if words := _rows_in_config(investigation):
+        trials.append(investigation.try_whole(words, gates, ()))
+        if trials[-1].agrees:
+            return [Blame(stage=_LAST, gates=gates, suspect=words, trials=tuple(trials))]
     for suspect in config_suspects(a.config, investigation.b.model):
         if not _fits(investigation, suspect):
             continue
@@ -48,6 +52,15 @@ def explain_misfit(investigation: Investigation, gates: str) -> list[Blame]:
             trials=tuple(trials),
         )
     ]
+
+
+def _rows_in_config(investigation: Investigation) -> str:
+    """Whether only the config tells another vocabulary than both sides' weights have."""
+    told = investigation.b.model.data.get("text_config", {}).get("vocab_size")
+    rows = investigation.rows
+    if not investigation.b.has_own_config or rows is None or told == rows:
+        return ""
+    return f"`text_config.vocab_size` is {told} in B's config, and A's vocabulary has {rows} rows"
 
 
 def _fits(investigation: Investigation, suspect: Suspect) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.parity.result import Parameters
 from flamingo_ckpt.parity.shell import UNUSED, Shell
 from flamingo_ckpt.parity.stages import part_of
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 24
 # Tensors of the first side that are digested to find where content went, at most.
 _MAX_DIGESTED_BYTES = 4 << 30
+# Relative difference of two resizes of one table, by different kernels of the same kind.
+_RESIZED = 1e-2
 # Tensors of which more is told than how many elements differ.
 _MAX_EXPLAINED = 32
 # Above this size only what takes one pass is tried.
@@ -216,7 +219,7 @@ def explain(a: Shell, b: Shell, names: Iterable[str]) -> dict[str, Difference]:
 def _explained(name: str, a: Shell, b: Shell, contents: Contents) -> Difference:
     ours, theirs = a.atom(name), b.atom(name)
     if ours.shape != theirs.shape:
-        return Difference(kind="shape", words=_of_shape(ours, theirs))
+        return Difference(kind="shape", words=_of_shape(name, ours, theirs))
     told = first_difference(ours, theirs) or ""
     if not ours.is_floating_point() or ours.nbytes > _MAX_EXPLAINED_BYTES:
         return Difference(kind="values", words=told)
@@ -381,8 +384,15 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool((a.double() == b.double()).all())
 
 
-def _of_shape(a: torch.Tensor, b: torch.Tensor) -> str:
+def _of_shape(name: str, a: torch.Tensor, b: torch.Tensor) -> str:
     told = f"{_shape(a)} in A, {_shape(b)} in B"
+    if name.endswith("position_embedding.weight") and name.startswith("vision."):
+        for one, other, words in (
+            (a, b, "A's is B's, resized to its grid: B was not resized"),
+            (b, a, "B's is A's, resized to its grid"),
+        ):
+            if _is_resized(one, other):
+                return f"{told}: {words}"
     if a.ndim != b.ndim or not a.ndim or a.shape[1:] != b.shape[1:]:
         return told
     rows = min(len(a), len(b))
@@ -391,6 +401,34 @@ def _of_shape(a: torch.Tensor, b: torch.Tensor) -> str:
     if same:
         return f"{told}: {less} was not resized, the first {rows} rows are equal"
     return f"{told}: {less} was not resized"
+
+
+def _is_resized(table: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether a table of image positions is another one at its own grid, as loaders resize it."""
+    from flamingo_ckpt.loading.resize import PositionTable, plan_resize, resize_table
+
+    shape = tuple(table.shape)
+    if table.ndim != 2 or source.ndim != 2 or shape[1] != source.shape[1]:
+        return False
+    for prefix in (0, 1):
+        side = math.isqrt(max(shape[0] - prefix, 0))
+        if side * side != shape[0] - prefix:
+            continue
+        wanted = PositionTable(
+            kind="image",
+            shape=shape,
+            num_positions=side * side,
+            grid=(side, side),
+            num_prefix=prefix,
+        )
+        try:
+            change = plan_resize("", tuple(source.shape), wanted)
+        except CkptError:
+            continue
+        if change is not None:
+            made = resize_table(source.float(), change).double()
+            return float((made - table.double()).norm()) <= _RESIZED * float(table.double().norm())
+    return False
 
 
 def swapped(found: Mapping[str, Difference]) -> list[tuple[str, str]]:

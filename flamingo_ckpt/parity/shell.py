@@ -226,6 +226,7 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
         dims,
     )
     steps, misshapen, misfits = _pair(plan, targets, reading, dims, side)
+    misfits += _rows_told(side, plan)
     return Shell(
         side=side,
         config=config,
@@ -273,6 +274,21 @@ def _with_rows(config: ModelConfig, plan: Plan, wanted: int | None) -> ModelConf
         return config
     data = {**config.data, "text_config": {**text, "vocab_size": rows}}
     return parse_config(data, config.where, layout=config.layout)
+
+
+def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
+    """A folder whose own config tells another vocabulary does not load as it is."""
+    shape, text = _shapes(plan).get(EMBED), side.model.data.get("text_config")
+    told = text.get("vocab_size") if isinstance(text, Mapping) else None
+    own = side.has_own_config and side.detection.layout.hf_config
+    if own and shape and isinstance(told, int) and told != shape[0]:
+        yield Finding(
+            code="FC205",
+            severity="error",
+            key=EMBED,
+            detail=f"{side.name}'s vocabulary has {shape[0]} rows, and {told} by its config",
+            data={"side": side.name, "found": shape[0], "expected": told},
+        )
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 _EPSILON_NAMES = ("eps", "variance_epsilon")
 #: Where a setting's first word is in a config.
 _SECTIONS = {"vision": "vision_config", "text": "text_config", "language": "text_config"}
+_POSITIONS = "vision.position_embedding.weight"
 #: Fields that decide which tensors there are.
 _STRUCTURE = (
     "cross_attn_every_n_layers",
@@ -50,11 +51,13 @@ class Suspect:
         words: what would be the fault, for people.
         change: of the model; None where only the config changes.
         config: to build it with; None for its own.
+        touches: canonical names of tensors that are changed along with it.
     """
 
     words: str
     change: Change | None = None
     config: ModelConfig | None = None
+    touches: tuple[str, ...] = ()
 
 
 def setting_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
@@ -76,7 +79,11 @@ def config_suspects(a: ModelConfig, b: ModelConfig) -> Iterator[Suspect]:
     ]
     for words, (name, (ours, _)) in zip(told, differences.items(), strict=True):
         changed = _with_setting(b, name, ours)
-        if changed is not None:
+        if changed is not None and name == "vision.image_size":
+            # another grid of patches: the table of positions is brought to it
+            words += ", and its table of positions was not resized to that"
+            yield Suspect(words=words, config=changed, touches=(_POSITIONS,))
+        elif changed is not None:
             yield Suspect(words=words, config=changed)
     if len(told) > 1 or (told and _with_setting(b, *_first(differences)) is None):
         yield Suspect(words="; ".join(told), config=a)
