@@ -74,6 +74,7 @@ class Investigation:
     _config: Suspect | None = None
     _changes: list[tuple[str, Suspect]] = field(default_factory=list)
     _touched: set[str] = field(default_factory=set)
+    _second: Shell | None = None
 
     def blame(self, stage: str, gates: str, different: Iterable[str]) -> Iterator[Blame]:
         """Explain a divergence; then, with that mended, the next one, and so on.
@@ -105,7 +106,7 @@ class Investigation:
         if suspected:
             shell = self.make_shell()
             tensors = {name: (self.a.key_of(name), shell.key_of(name)) for name in suspected}
-            weights = describe_differences(explain(self.a, shell, suspected))
+            weights = self._words(shell, suspected)
             trials.append(self._try(weights, stage, gates, suspected))
         if not trials or not trials[-1].agrees:
             trials += self._try_settings(stage, gates, suspected, weights)
@@ -121,6 +122,13 @@ class Investigation:
             suspect=last.suspect if last is not None and last.agrees else "",
             trials=tuple(trials),
         )
+
+    def _words(self, shell: Shell, suspected: Sequence[str]) -> str:
+        dtypes = {(self.a.dtype_of(name), shell.dtype_of(name)) for name in suspected}
+        if len(suspected) > 1 and all(ours != theirs for ours, theirs in dtypes):
+            kinds = " and ".join(f"{theirs} in B and {ours} in A" for ours, theirs in dtypes)
+            return f"{len(suspected)} tensors are {kinds}: they were rounded"
+        return describe_differences(explain(self.a, shell, suspected))
 
     def _try_settings(
         self, stage: str, gates: str, suspected: Sequence[str], weights: str
@@ -147,7 +155,15 @@ class Investigation:
         here = place.get(stage, len(place))
         homes = {name: place.get(_heard(home_of(name), place), here) for name in different}
         near = [name for name, at in homes.items() if at == here]
+        if near and all(self._is_cast(name) for name in near):
+            return [name for name in different if self._is_cast(name)]
         return near or [name for name, at in homes.items() if at < here]
+
+    def _is_cast(self, name: str) -> bool:
+        """Whether a tensor has another dtype in the second side's file: then all were cast."""
+        if self._second is None:
+            self._second = self.make_shell()
+        return self.a.dtype_of(name) != self._second.dtype_of(name)
 
     def _settings_at(self, stage: str) -> Iterator[Suspect]:
         base = self._config.config if self._config is not None else None

@@ -23,6 +23,8 @@ _BLOCK = 1 << 24
 _MAX_DIGESTED_BYTES = 4 << 30
 # Relative difference of two resizes of one table, by different kernels of the same kind.
 _RESIZED = 1e-2
+# How small what a scale leaves has to be, beside what the scale changes.
+_SCALE_SHARE = 0.1
 # Tensors of which more is told than how many elements differ.
 _MAX_EXPLAINED = 32
 # Above this size only what takes one pass is tried.
@@ -155,6 +157,11 @@ def _unequal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
         as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         x, y = (one.view(as_bits[one.element_size()]) for one in (x, y))
         return None if torch.equal(x, y) else x != y
+    if x.dtype.is_complex or y.dtype.is_complex:
+        # a complex number is two real ones, and equal where both are
+        x, y = (torch.view_as_real(one.to(torch.complex128)) for one in (x, y))
+        apart = _unequal(x, y)
+        return None if apart is None else apart.any(dim=-1)
     x, y = x.double(), y.double()
     odd = ~((x == y) & (x.signbit() == y.signbit()) | (x.isnan() & y.isnan()))
     return odd if bool(odd.any()) else None
@@ -261,6 +268,8 @@ def _constant(_: str, a: torch.Tensor, b: torch.Tensor, __: Contents) -> Differe
     first = flat[:1]
     if not len(flat) or bool((flat != first).any()) or bool((a == first).all()):
         return None
+    if len(flat) == 1 and bool(first.any()):
+        return None  # a temperature, or a gate that is open: there is nothing else in it
     return Difference(
         kind="constant",
         words=f"{first.item():g} everywhere in B, as before training: it was not loaded",
@@ -302,6 +311,8 @@ def _scaled(_: str, a: torch.Tensor, b: torch.Tensor, __: Contents) -> Differenc
     distance = float((y - factor * x).norm()) / (abs(factor) * math.sqrt(norm))
     if distance > (1e-6 if min(a.element_size(), b.element_size()) > 2 else 1e-2):
         return None
+    if distance > _SCALE_SHARE * abs(factor - 1):
+        return None  # noise has a best factor too
     return Difference(kind="scaled", words=f"B's is A's times {factor:.6g}")
 
 

@@ -124,8 +124,9 @@ class Shell:
         piece = self.atoms[canonical]
 
         def edit(whole: torch.Tensor) -> torch.Tensor:
+            value = change(view_of(whole, piece))
             changed = whole.clone(memory_format=_contiguous())
-            value = change(view_of(whole, piece)).to(changed.dtype)
+            changed = changed.to(_wider(whole, value))
             _strided(changed, piece).copy_(value.reshape(_sizes(piece)))
             return changed
 
@@ -147,6 +148,11 @@ class Shell:
             if change is not None:
                 stored = self.reader.whole(step, change, self._buffer)
                 self.edits.setdefault(key, []).append(_always(stored))
+
+    def dtype_of(self, canonical: str) -> str:
+        """The dtype of a canonical tensor in the file, as safetensors spells it."""
+        step = self.steps.get(self.target_of(canonical).key)
+        return step.dtype.name if step is not None else ""
 
     def release(self, canonical: str) -> None:
         """Let go of the memory that reading a canonical tensor took."""
@@ -170,6 +176,13 @@ def _contiguous() -> Any:
     import torch
 
     return torch.contiguous_format
+
+
+def _wider(one: torch.Tensor, other: torch.Tensor) -> torch.dtype:
+    """The dtype that holds the values of both."""
+    import torch
+
+    return torch.promote_types(one.dtype, other.dtype)
 
 
 def _sizes(piece: Piece) -> list[int]:

@@ -174,6 +174,7 @@ def _of_logits(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 def num_not_finite(tensor: torch.Tensor, stage: str, mask: torch.Tensor | None) -> int:
     """NaN and infinite elements, but for those of padding."""
-    if mask is not None and is_text(stage) and tensor.shape[:2] == mask.shape:
+    is_masked = is_text(stage) or stage == LOGITS
+    if mask is not None and is_masked and tensor.shape[:2] == mask.shape:
         tensor = tensor[mask.to(tensor.device)]
     return int((~tensor.isfinite()).sum())
