@@ -124,8 +124,8 @@ class Investigation:
         )
 
     def _words(self, shell: Shell, suspected: Sequence[str]) -> str:
-        dtypes = {(self.a.dtype_of(name), shell.dtype_of(name)) for name in suspected}
-        if len(suspected) > 1 and all(ours != theirs for ours, theirs in dtypes):
+        if len(suspected) > 1 and all(self._is_cast(name) for name in suspected):
+            dtypes = {(self.a.dtype_of(name), shell.dtype_of(name)) for name in suspected}
             kinds = " and ".join(f"{theirs} in B and {ours} in A" for ours, theirs in dtypes)
             return f"{len(suspected)} tensors are {kinds}: they were rounded"
         return describe_differences(explain(self.a, shell, suspected))
@@ -160,10 +160,13 @@ class Investigation:
         return near or [name for name, at in homes.items() if at < here]
 
     def _is_cast(self, name: str) -> bool:
-        """Whether a tensor has another dtype in the second side's file: then all were cast."""
+        """Whether a tensor of the second side is the first's, rounded to another dtype."""
         if self._second is None:
             self._second = self.make_shell()
-        return self.a.dtype_of(name) != self._second.dtype_of(name)
+        if self.a.dtype_of(name) == self._second.dtype_of(name):
+            return False
+        ours, theirs = self.a.atom(name), self._second.atom(name)
+        return bool((ours.to(theirs.dtype) == theirs).all())
 
     def _settings_at(self, stage: str) -> Iterator[Suspect]:
         base = self._config.config if self._config is not None else None
@@ -311,6 +314,8 @@ def _heard(stage: str, place: Mapping[str, int]) -> str:
         return stage
     if stage == "vision.post_norm":  # a Flamingo's tokens, or CLIP's features
         return TOKENS if TOKENS in place else "image_features"
+    if stage == "lm.embed_tokens":
+        stage = "lm.embeddings"
     if stage.endswith(".embeddings"):
         tower = stage.partition(".")[0]
         return next((name for name in place if name.startswith(tower + ".")), stage)

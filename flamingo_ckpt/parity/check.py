@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.parity import verdicts
 from flamingo_ckpt.parity.blame import Investigation
+from flamingo_ckpt.parity.class_settings import class_findings
 from flamingo_ckpt.parity.details import environment, side_details
 from flamingo_ckpt.parity.inputs import Inputs, generate, read_inputs
 from flamingo_ckpt.parity.memory import weight_budget
@@ -128,6 +129,8 @@ class _Check:
         if second is None or rows is not None or any(m.code in _FATAL for m in second.misfits):
             self.findings += verdicts.misfit_findings(second, reason, rows)
             return self._misfit(first, second, setting, dtypes[0])
+        known = {str(one.data.get("setting", "")) for one in self.findings}
+        self.findings += class_findings(first, second, known)
         self.findings += second.misfits
         return self._run(first, second, setting, dtypes)
 
@@ -174,9 +177,22 @@ class _Check:
 
     def _further(self, dtype: str, setting: Setting) -> list[Pass]:
         """The passes of another dtype."""
-        first = run_first(make_shell(self.a, dtype), dtype, setting, is_steadied=False)
-        _, passes = run_second(make_shell(self.b, dtype), first, setting, is_steadied=False)
+        try:
+            first = run_first(make_shell(self.a, dtype), dtype, setting, is_steadied=False)
+        except CkptError as error:
+            if dtype in DECIDING or error.code != "FC484":
+                raise
+            self.findings.append(replace(error.as_finding(), code="FC485", severity="warning"))
+            return []
+        second, passes = run_second(make_shell(self.b, dtype), first, setting, is_steadied=False)
         first.remove()
+        told = verdicts.run_findings((first.run, second), setting.gates)
+        known = {one.detail for one in self.findings}
+        self.findings += [
+            one if dtype in DECIDING else _at_most_a_warning(one)
+            for one in told
+            if one.detail not in known
+        ]
         return passes
 
     def _misfit(
@@ -189,14 +205,21 @@ class _Check:
         """B cannot be run as it is: what would make it compute what A does."""
         with self._timed("forward"):
             ours = run_first(first, dtype, setting, is_steadied=False)
+        keys = verdicts.Keys(first, second)
+        parameters = Parameters()
+        if second is not None:
+            # what the other side lacks is told as a misfit
+            parameters = replace(compare_parameters(first, second), only_a=(), only_b=())
+            self.findings += verdicts.parameter_findings(parameters, keys)
         self.on_step("looking for the fault")
         with self._timed("blame"):
             investigation = self._investigation(first, ours, setting)
             investigation.rows = rows_of(first)
-            blame = explain_misfit(investigation, setting.gates[-1])
-        self.findings += verdicts.blame_findings(blame, verdicts.Keys(first, second))
+            blame = explain_misfit(investigation, setting.gates[-1], tuple(parameters.different))
+        self.findings += verdicts.blame_findings(blame, keys)
         return ParityResult(
             verdict=verdicts.verdict_of(self.findings),
+            parameters=parameters,
             blame=tuple(blame),
             findings=verdicts.errors_first(self.findings),
             details=self._details(setting, (ours.run, SideRun(computed_by="not run"))),
@@ -275,6 +298,10 @@ class _Check:
             "environment": environment(setting.device),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
+
+
+def _at_most_a_warning(finding: Finding) -> Finding:
+    return replace(finding, severity="warning") if finding.severity == "error" else finding
 
 
 def _in_order(wanted: Sequence[str]) -> list[str]:

@@ -104,7 +104,7 @@ def continue_greedily(
         tokens.append(int(scores.argmax()))
         leads.append((best - second) / spread if math.isfinite(best - second) else math.nan)
         for name in texts:
-            new = {MASK: 1, "token_type_ids": 0}.get(name, tokens[-1])
+            new = {MASK: 1, "token_type_ids": 1}.get(name, tokens[-1])
             row[name] = torch.cat((row[name], row[name].new_full((1, 1), new)), dim=1)
     return tokens, leads
 

@@ -277,14 +277,17 @@ def _paligemma(a: ModelConfig, b: ModelConfig, seed: int) -> Inputs:
     tokens = torch.cat((torch.full((2, num_patches), image), words), dim=1)
     mask = torch.ones_like(tokens)
     tokens[1, -3:], mask[1, -3:] = 0, 0
+    # Type 0 is the prompt, which sees all of itself, and 1 an answer, which is causal. (Without
+    # types transformers' eager attention is causal, and its fused one is not.)
+    types = torch.zeros_like(tokens)
+    types[0, -5:] = types[1, -6:-3] = 1
     return Inputs(
         kind="paligemma",
         tensors={
             "pixel_values": pictures(seed, 2, (height, width), is_siglip=True),
             "input_ids": tokens,
             MASK: mask,
-            # without them transformers' eager attention is causal, and its fused one is not
-            "token_type_ids": torch.zeros_like(tokens),
+            "token_type_ids": types,
         },
         source="generated",
         seed=seed,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.parity.blame import Investigation, describe_differences
-from flamingo_ckpt.parity.parameters import Difference
+from flamingo_ckpt.parity.parameters import Difference, explain
 from flamingo_ckpt.parity.result import Blame, Trial
 from flamingo_ckpt.parity.shell import Shell
 from flamingo_ckpt.parity.suspects import Suspect, config_suspects
@@ -15,12 +15,15 @@ from flamingo_ckpt.parity.suspects import Suspect, config_suspects
 _LAST = "logits"
 
 
-def explain_misfit(investigation: Investigation, gates: str) -> list[Blame]:
+def explain_misfit(
+    investigation: Investigation, gates: str, different: Sequence[str] = ()
+) -> list[Blame]:
     """Try the first side's settings, then its tensors in place of those that do not fit.
 
     Args:
         investigation: with the first side's stages.
         gates: of the pass that is run.
+        different: canonical names of tensors whose bits differ besides.
     """
     trials: list[Trial] = []
     a = investigation.a
@@ -42,6 +45,10 @@ def explain_misfit(investigation: Investigation, gates: str) -> list[Blame]:
         return [Blame(stage=_LAST, gates=gates, trials=tuple(trials))]
     words = describe_differences(found)
     trials.append(investigation.try_whole(words, gates, tuple(found)))
+    if different and not trials[-1].agrees:
+        found |= explain(a, shell, different)
+        words = describe_differences(found)
+        trials.append(investigation.try_whole(words, gates, tuple(found)))
     tensors = {name: (a.key_of(name), shell.key_of(name)) for name in found}
     return [
         Blame(

@@ -14,7 +14,7 @@ from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import BASE_OF_GROUP, group_of
 from flamingo_ckpt.layouts.mapping import read_atoms
 from flamingo_ckpt.layouts.registry import layout_named
-from flamingo_ckpt.prepare import own_config
+from flamingo_ckpt.prepare import PARTIAL_FIELD
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.tensors import Manifest, escape
 
@@ -168,9 +168,16 @@ def _open(
             where=manifest.uri,
             hint="parity computes " + ", ".join([*_COMPUTED_AS, "paligemma and its relatives"]),
         )
-    own = own_config(manifest)
+    own = _own_config(manifest, is_its_folders=found.hf_config)
     if own is not None and own.kind.partition("_")[0] != found.space:
-        own = None  # of another kind of model, as the language model's beside a Flamingo
+        if found.hf_config:
+            raise CkptError(
+                f"the folder's config is of a {own.kind} model, and its keys are those of a "
+                f"{found.space} model",
+                code="FC416",
+                where=own.where,
+            )
+        own = None  # the language model's beside a training checkpoint, say
     return Side(
         name=name,
         manifest=manifest,
@@ -179,6 +186,34 @@ def _open(
         has_own_config=own is not None,
         computed_as=computed_as,
     )
+
+
+def _own_config(manifest: Manifest, *, is_its_folders: bool) -> ModelConfig | None:
+    """The config in a checkpoint's own folder.
+
+    One that cannot be used is not replaced by another: nothing loads the folder as it is.
+
+    Args:
+        manifest: of the checkpoint.
+        is_its_folders: whether a config that lies there has to be this model's.
+
+    Raises:
+        CkptError: what is wrong with it.
+    """
+    from flamingo_ckpt.models.config import config_in, read_json
+
+    if manifest.folder is None:
+        return None
+    try:
+        return config_in(manifest.folder)
+    except CkptError as error:
+        if error.code == "FC404" or (error.code == "FC403" and not is_its_folders):
+            return None  # there is none, or it is of a kind of model that is not known here
+        path = os.path.join(manifest.folder, "config.json")
+        mark = read_json(path).get(PARTIAL_FIELD) if os.path.isfile(path) else None
+        if isinstance(mark, dict) and mark.get("partial") is True:
+            return None  # it holds what the shapes of a partial model prove, and no more
+        raise
 
 
 def _with_configs(sides: Sequence[Side], given: str | None) -> list[Side]:

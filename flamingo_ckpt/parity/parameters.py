@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.parity.result import Parameters
-from flamingo_ckpt.parity.shell import UNUSED, Shell
+from flamingo_ckpt.parity.shell import Shell
 from flamingo_ckpt.parity.stages import part_of
 from flamingo_ckpt.parity.trace import digest_of
 from flamingo_ckpt.vocabulary import EMBED
@@ -98,7 +98,7 @@ def _only(one: Shell, other: Shell) -> tuple[str, ...]:
     )
     # a tied head is the embedding under a second name
     return tuple(
-        name for name in names if name not in UNUSED and not _is_second_name(one, other, name)
+        name for name in names if name not in one.unused and not _is_second_name(one, other, name)
     )
 
 
@@ -187,7 +187,7 @@ class Contents:
 
     def __init__(self, a: Shell) -> None:
         self._a = a
-        self._digests: dict[str, str] = {}
+        self._digests: dict[tuple[str, torch.dtype], str] = {}
         self._bytes = 0
 
     def find(self, name: str, tensor: torch.Tensor) -> str:
@@ -195,8 +195,12 @@ class Contents:
 
         Looked at are those of its layer first, then those of the same kind in other layers.
         """
-        wanted = digest_of(tensor.to(self._a.atom(name).dtype))
-        hits = [one for one in self._candidates(name, tensor) if self._digest(one) == wanted]
+        wanted = digest_of(tensor)
+        hits = [
+            one
+            for one in self._candidates(name, tensor)
+            if self._digest(one, tensor.dtype) == wanted
+        ]
         return hits[0] if hits and name not in hits else ""
 
     def _candidates(self, name: str, tensor: torch.Tensor) -> list[str]:
@@ -207,14 +211,15 @@ class Contents:
         far = [one for one in same if one not in near and one.endswith(leaf)]
         return [*near, *far]
 
-    def _digest(self, name: str) -> str:
-        if name not in self._digests:
+    def _digest(self, name: str, dtype: torch.dtype) -> str:
+        """Of a tensor in the dtype that the second side has: it may have been rounded too."""
+        if (name, dtype) not in self._digests:
             atom = self._a.atom(name)
             self._bytes += atom.nbytes
             if self._bytes > _MAX_DIGESTED_BYTES:
                 return ""
-            self._digests[name] = digest_of(atom)
-        return self._digests[name]
+            self._digests[name, dtype] = digest_of(atom.to(dtype))
+        return self._digests[name, dtype]
 
 
 def explain(a: Shell, b: Shell, names: Iterable[str]) -> dict[str, Difference]:
@@ -313,7 +318,9 @@ def _scaled(_: str, a: torch.Tensor, b: torch.Tensor, __: Contents) -> Differenc
         return None
     if distance > _SCALE_SHARE * abs(factor - 1):
         return None  # noise has a best factor too
-    return Difference(kind="scaled", words=f"B's is A's times {factor:.6g}")
+    # what was rounded besides tells its factor no better
+    digits = 6 if min(a.element_size(), b.element_size()) > 2 else 3
+    return Difference(kind="scaled", words=f"B's is A's times {factor:.{digits}g}")
 
 
 def _rows(_: str, a: torch.Tensor, b: torch.Tensor, __: Contents) -> Difference | None:

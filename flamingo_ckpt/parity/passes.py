@@ -64,6 +64,7 @@ class SideRun:
         not_finite: stage -> number of elements that are NaN or infinite.
         failure: why it could not compute the inputs; "" where it could.
         tokens, leads: of the greedy continuation; none where nothing was written.
+        not_written: why it could not write; "" where it could.
         num_gates, num_closed: gates, and those that are 0.
     """
 
@@ -76,6 +77,7 @@ class SideRun:
     failure: str = ""
     tokens: list[int] = field(default_factory=list)
     leads: list[float] = field(default_factory=list)
+    not_written: str = ""
     num_gates: int = 0
     num_closed: int = 0
 
@@ -258,7 +260,7 @@ def _write(runner: Runner, run: SideRun, setting: Setting) -> None:
     try:
         run.tokens, run.leads = runner.greedy(setting.inputs, setting.num_greedy)
     except FAILURES as error:  # beyond the positions that it has, say
-        run.failure = run.failure or f"while writing: {_reason(error)}"
+        run.not_written = _reason(error)
 
 
 def _judged(first: First, gates: str, found: Mapping[str, Measure], device: str) -> Pass:

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 _GATES = (".attn_gate", ".ff_gate")
 #: What a class may raise at inputs or weights that do not serve it.
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+)
 
 
 class StopForward(Exception):  # noqa: N818

@@ -25,7 +25,7 @@ from flamingo_ckpt.models.head_counts import head_counts
 from flamingo_ckpt.parity.opening import PROJECTION, Side
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.prepare import family_of
-from flamingo_ckpt.selection import PlanOptions
+from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.stream import check_premises
 from flamingo_ckpt.tensors import TORCH_DTYPES, TensorInfo, escape, format_shape
 from flamingo_ckpt.vocabulary import EMBED
@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 
     from flamingo_ckpt.models.config import ModelConfig
 
-#: No Flamingo computes with its tower's projection, and the Hugging Face port has none.
-UNUSED = frozenset({PROJECTION})
+#: Kind of model -> what it does not compute with: no Flamingo uses its tower's projection, and a
+#: tower that stands alone may have none.
+_UNUSED: Mapping[str, frozenset[str]] = {
+    "flamingo": frozenset({PROJECTION}),
+    "tower": frozenset({PROJECTION}),
+}
 #: What a change of a weight is given and gives: the tensor as the file has it.
 Edit = Callable[["torch.Tensor"], "torch.Tensor"]
 
@@ -56,6 +60,7 @@ class Shell:
         reading: the module's names taken apart into canonical ones.
         misfits: what the checkpoint lacks, has too much, or has in another shape.
         misshapen: key of a target -> where its bytes are, in another shape.
+        stored_names: the checkpoint's names without wrapper prefixes -> as they are stored.
         edits: key of a target -> a change that is made to it whenever it is read.
     """
 
@@ -68,6 +73,7 @@ class Shell:
     reading: Reading
     misfits: tuple[Finding, ...]
     misshapen: Mapping[str, Step]
+    stored_names: Mapping[str, str]
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     reader: Reader = field(default_factory=Reader)
     _by_name: dict[str, Target] = field(init=False)
@@ -78,6 +84,11 @@ class Shell:
         self._by_name = {name: one for one in self.targets for name in one.names}
         self._by_key = {one.key: one for one in self.targets}
         self._buffer = bytearray(BLOCK_BYTES)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Canonical names that nothing computes with."""
+        return unused_by(self.side)
 
     @property
     def atoms(self) -> Mapping[str, Piece]:
@@ -95,8 +106,10 @@ class Shell:
         if canonical not in self.atoms:
             return ""
         target = self.target_of(canonical)
-        step = self.steps.get(target.key)
-        return target.key if step is None or step.source.storage is None else step.source.name
+        step = self.steps.get(target.key) or self.misshapen.get(target.key)
+        if step is None or step.source.storage is None:
+            return target.key
+        return self.stored_names.get(step.source.name, step.source.name)
 
     def stored(self, key: str) -> torch.Tensor:
         """A tensor of the module with the file's values and dtype, on the CPU.
@@ -240,6 +253,8 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
     )
     steps, misshapen, misfits = _pair(plan, targets, reading, dims, side)
     misfits += _rows_told(side, plan)
+    chosen = choose_tensors(side.manifest, PlanOptions(max_expansion=float("inf")))
+    stored = {name: tensor.name for name, tensor in chosen.names.items()}
     return Shell(
         side=side,
         config=config,
@@ -250,6 +265,7 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
         reading=reading,
         misfits=tuple(misfits),
         misshapen=misshapen,
+        stored_names=stored,
     )
 
 
@@ -292,13 +308,15 @@ def _with_rows(config: ModelConfig, plan: Plan, wanted: int | None) -> ModelConf
 def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
     """A folder whose own config tells another vocabulary does not load as it is."""
     shape, text = _shapes(plan).get(EMBED), side.model.data.get("text_config")
+    names = _read_plan(plan, {}).names
+    step = next((one for one in plan.steps if names.get(one.name) == (EMBED,)), None)
     told = text.get("vocab_size") if isinstance(text, Mapping) else None
     own = side.has_own_config and side.detection.layout.hf_config
     if own and shape and isinstance(told, int) and told != shape[0]:
         yield Finding(
             code="FC205",
             severity="error",
-            key=EMBED,
+            key=step.source.name if step is not None else EMBED,
             detail=f"{side.name}'s vocabulary has {shape[0]} rows, and {told} by its config",
             data={"side": side.name, "found": shape[0], "expected": told},
         )
@@ -349,7 +367,7 @@ def _pair(
         elif found:
             misshapen[target.key] = found[0]
             misfits.append(_misshapen(found[0], target, side))
-        elif not _may_lack(target, reading):
+        elif not _may_lack(target, reading, unused_by(side)):
             misfits.append(_missing(target, reading, side))
     extra = [
         step
@@ -363,7 +381,7 @@ def _pair(
 
 def _is_beside_tower(parts: tuple[str, ...]) -> bool:
     """Whether a tensor is of CLIP's other half, or of a projection that one side may lack."""
-    return all(group_of(part) != "vision" or part in UNUSED for part in parts)
+    return all(group_of(part) != "vision" or part == PROJECTION for part in parts)
 
 
 def _steps_for(
@@ -385,10 +403,17 @@ def _fits(step: Step, target: Target) -> bool:
     return step.shape == target.shape or {step.shape, target.shape} <= {(), (1,)}
 
 
-def _may_lack(target: Target, reading: Reading) -> bool:
+def unused_by(side: Side) -> frozenset[str]:
+    """Canonical names that a side may lack, since nothing computes with them."""
+    if side.is_projected:
+        return frozenset()
+    return _UNUSED.get(side.kind, frozenset())
+
+
+def _may_lack(target: Target, reading: Reading, unused: frozenset[str]) -> bool:
     """Buffers are computed; a projection that nothing computes with is not missed."""
     parts = {part for name in target.names for part in reading.names.get(name, ())}
-    return not target.is_parameter or bool(parts and parts <= UNUSED)
+    return not target.is_parameter or bool(parts and parts <= unused)
 
 
 def _twins(steps: list[Step], side: Side) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.parity.shell import UNUSED, Shell
+from flamingo_ckpt.parity.shell import Shell
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,9 @@ def home_of(canonical: str) -> str:
     leaf = rest.partition(".")[0]
     if leaf in ("class_embedding", "patch_embedding", "position_embedding"):
         return tower + EMBEDDINGS
-    if leaf in ("token_embedding", "embed_tokens", "embed_positions", "project_in"):
+    if canonical == "lm.embed_tokens.weight":
+        return "lm.embed_tokens"
+    if leaf in ("token_embedding", "embed_positions", "project_in"):
         return tower + EMBEDDINGS
     if canonical in ("perceiver.frame_embs", "perceiver.media_time_embs", "perceiver.latents"):
         return "perceiver.layers.0"
@@ -102,12 +104,12 @@ def taps_of(shell: Shell) -> list[Tap]:
             for key, names in shell.reading.names.items()
             if path and key.startswith(path + ".")
             for name in names
-        } - UNUSED
+        } - shell.unused
         parts = {part_of(name) for name in own}
         if len(parts) != 1:
             continue
         part = parts.pop()
-        if own == whole[part] - UNUSED and _is_called(module):
+        if own == whole[part] - shell.unused and _is_called(module):
             # the innermost: a wrapper around it gives the same
             found[part] = Tap(stage=part, module=module, path=path)
     # open_clip's towers may norm all tokens or one, a Flamingo uses neither

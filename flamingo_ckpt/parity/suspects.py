@@ -25,6 +25,11 @@ _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 _EPSILON_NAMES = ("eps", "variance_epsilon")
 #: Where a setting's first word is in a config.
 _SECTIONS = {"vision": "vision_config", "text": "text_config", "language": "text_config"}
+#: Fields that say nothing about what is computed.
+_IDLE = frozenset(
+    "architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path "
+    "vocab_size bos_token_id eos_token_id pad_token_id".split()
+)
 _POSITIONS = "vision.position_embedding.weight"
 #: Fields that decide which tensors there are.
 _STRUCTURE = (
@@ -40,6 +45,7 @@ _STRUCTURE = (
     "tie_word_embeddings",
     "projection_dim",
     "media_token_id",
+    "eoc_token_id",
 )
 
 
@@ -85,13 +91,34 @@ def config_suspects(a: ModelConfig, b: ModelConfig) -> Iterator[Suspect]:
             yield Suspect(words=words, config=changed, touches=(_POSITIONS,))
         elif changed is not None:
             yield Suspect(words=words, config=changed)
-    if len(told) > 1 or (told and _with_setting(b, *_first(differences)) is None):
+    yield from _raw_suspects(a, b)
+    if told:
         yield Suspect(words="; ".join(told), config=a)
 
 
-def _first(differences: Mapping[str, tuple[Any, Any]]) -> tuple[str, Any]:
-    name = next(iter(differences))
-    return name, differences[name][0]
+def _raw_suspects(a: ModelConfig, b: ModelConfig) -> Iterator[Suspect]:
+    """Fields of the configs' sections that differ and have no name of their own here."""
+    from flamingo_ckpt.models.config import parse_config
+
+    for section in ("text_config", "vision_config"):
+        ours, theirs = a.data.get(section), b.data.get(section)
+        if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+            continue
+        for field in sorted({*ours, *theirs}):
+            value, other = ours.get(field), theirs.get(field)
+            if value == other or field in _IDLE:
+                continue
+            changed = {key: one for key, one in theirs.items() if key != field}
+            if field in ours:
+                changed[field] = value
+            try:
+                config = parse_config({**b.data, section: changed}, b.where, layout=b.layout)
+            except CkptError:
+                continue
+            yield Suspect(
+                words=f"`{section}.{field}` is {other!r} in B's config and {value!r} in A's",
+                config=config,
+            )
 
 
 def _with_setting(config: ModelConfig, name: str, value: Any) -> ModelConfig | None:

@@ -99,8 +99,32 @@ def setting_findings(a: Side, b: Side) -> Iterator[Finding]:
                 "setting in that one does not show",
                 hint="--config names the config of the model that was trained",
             )
+        if not side.has_own_config and side.detection.layout.hf_config and side.manifest.folder:
+            yield Finding(
+                code="FC485",
+                severity="warning",
+                detail=f"{side.name}'s folder has no config.json, so nothing loads it as it is; "
+                f"it is computed by {describe_config(side)}",
+                hint="`flamingo-ckpt convert --config` writes one beside the weights",
+            )
+    yield from _untold(a, b)
     yield from _base_findings(a)
     yield from _base_findings(b)
+
+
+def _untold(a: Side, b: Side) -> Iterator[Finding]:
+    """A token that one folder's config tells, and the other's does not."""
+    for name in ("media_token_id", "eoc_token_id"):
+        told = [side.model.data.get(name) is not None for side in (a, b)]
+        if a.has_own_config and b.has_own_config and told[0] != told[1]:
+            with_it, without = ("A", "B") if told[0] else ("B", "A")
+            yield Finding(
+                code="FC407",
+                severity="warning",
+                detail=f"`{name}` is in {with_it}'s config and not in {without}'s: the model "
+                "there has to be told it before it reads a picture or stops",
+                data={"setting": name},
+            )
 
 
 def _base_findings(side: Side) -> Iterator[Finding]:
@@ -232,12 +256,13 @@ def run_findings(runs: tuple[SideRun, SideRun], gates: Sequence[str]) -> Iterato
 def _gate_findings(run: SideRun, gates: Sequence[str]) -> Iterator[Finding]:
     if not run.num_closed:
         return
-    if run.num_closed == run.num_gates and "forced" not in gates:
+    if "forced" not in gates:
+        which = "all" if run.num_closed == run.num_gates else f"{run.num_closed} of"
         yield Finding(
             code="FC482",
             severity="error",
-            detail=f"all {run.num_gates} gates are 0, and no pass with forced gates was asked for: "
-            "nothing behind them was compared",
+            detail=f"{which} {run.num_gates} gates are 0, and no pass with forced gates was asked "
+            "for: nothing behind them was compared",
             hint="leave --gates out",
         )
     else:
@@ -300,7 +325,8 @@ def greedy_of(runs: tuple[SideRun, SideRun], inputs: Inputs, count: int) -> Gree
         return Greedy(note="not run: weights are streamed, and each token would read them again")
     a, b = (tuple(run.tokens) for run in runs)
     if not a or not b:
-        return Greedy(note="not run: a side cannot compute it")
+        why = next((run.not_written for run in runs if run.not_written), "B cannot compute it")
+        return Greedy(a=a, b=b, equal=False if a else None, note=f"not run: {why}")
     if a == b:
         return Greedy(a=a, b=b, equal=True)
     at = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
@@ -316,7 +342,8 @@ def greedy_findings(greedy: Greedy | None) -> Iterator[Finding]:
         yield Finding(
             code="FC486",
             severity="error",
-            detail=f"the greedy continuations differ: {list(greedy.a)} in A, {list(greedy.b)} in B",
+            detail=f"the greedy continuations differ: {list(greedy.a)} in A, {list(greedy.b)} in B"
+            + (f" ({greedy.note})" if greedy.note else ""),
         )
 
 

@@ -142,7 +142,7 @@ GOLDEN: tuple[tuple[str, Callable[[], ModelConfig], int, str], ...] = (
     ("open_clip", open_clip, 0, "28075c2651f7cb2e2e74e5b40f2182ce661768c3be201c184b0770705fd247d4"),
     ("hf-clip", hf_clip, 0, "28075c2651f7cb2e2e74e5b40f2182ce661768c3be201c184b0770705fd247d4"),
     ("tower", clip_vision, 0, "270c8a6fd943410122de5c31d62c6d16d9c3356a3011f9201bd0ea38e4836e72"),
-    ("paligemma", paligemma, 0, "c828f13e7f1d1b8dd30a1345aec366c5d8bcc83c0d691d81c091d6723901e510"),
+    ("paligemma", paligemma, 0, "c7e931ebfecca04100f0f949a6d50d7b1eec0147d71fed4642ca7cd610331ef3"),
 )
 golden = pytest.mark.parametrize(
     ("config", "seed", "digest"),
@@ -309,7 +309,10 @@ def test_a_paligemma_has_a_token_for_each_patch() -> None:
     assert (tokens[:, :4] == MEDIA).all()
     assert not (tokens[:, 4:] == MEDIA).any()
     assert (~mask).sum(dim=1).tolist() == [0, 3]
-    assert (found.tensors["token_type_ids"] == 0).all()
+    types = found.tensors["token_type_ids"]
+    # the last words of each row are an answer, which is causal, and the rest a prompt, which is not
+    assert types.tolist() == [[0] * 9 + [1] * 5, [0] * 8 + [1] * 3 + [0] * 3]
+    assert (types[:, :4] == 0).all()
 
 
 def test_a_paligemma_whose_config_names_no_token_for_pictures() -> None:

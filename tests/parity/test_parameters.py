@@ -32,6 +32,7 @@ class Shell:
         self.targets = [_Target(name) for name in tensors]
         self.steps = dict.fromkeys(tensors)
         self.released: list[str] = []
+        self.unused: frozenset[str] = frozenset()
 
     def atom(self, name: str) -> torch.Tensor:
         return self.tensors[name]
