@@ -108,6 +108,12 @@ class Investigation:
             tensors = {name: (self.a.key_of(name), shell.key_of(name)) for name in suspected}
             weights = self._words(shell, suspected)
             trials.append(self._try(weights, stage, gates, suspected))
+            wider = self._up_to(stage, gates, different)
+            if not trials[-1].agrees and len(wider) > len(suspected):
+                suspected = wider
+                tensors = {name: (self.a.key_of(name), shell.key_of(name)) for name in wider}
+                weights = self._words(shell, wider)
+                trials.append(self._try(weights, stage, gates, wider))
         if not trials or not trials[-1].agrees:
             trials += self._try_settings(stage, gates, suspected, weights)
         last = trials[-1] if trials else None
@@ -151,13 +157,23 @@ class Investigation:
         What differs in stages that agree is too small to be seen there, and innocent of this one
         as long as anything at home here differs.
         """
-        place = {name: at for at, name in enumerate(self.traces[gates].stages)}
-        here = place.get(stage, len(place))
-        homes = {name: place.get(_heard(home_of(name), place), here) for name in different}
+        homes, here = self._homes(stage, gates, different)
         near = [name for name, at in homes.items() if at == here]
         if near and all(self._is_cast(name) for name in near):
             return [name for name in different if self._is_cast(name)]
-        return near or [name for name, at in homes.items() if at < here]
+        return near or self._up_to(stage, gates, different)
+
+    def _up_to(self, stage: str, gates: str, different: Sequence[str]) -> list[str]:
+        homes, here = self._homes(stage, gates, different)
+        return [name for name, at in homes.items() if at <= here]
+
+    def _homes(
+        self, stage: str, gates: str, different: Sequence[str]
+    ) -> tuple[dict[str, int], int]:
+        """(tensor -> number of the stage that it is at home in, number of this stage)."""
+        place = {name: at for at, name in enumerate(self.traces[gates].stages)}
+        here = place.get(stage, len(place))
+        return {n: place.get(_heard(home_of(n), place), here) for n in different}, here
 
     def _is_cast(self, name: str) -> bool:
         """Whether a tensor of the second side is the first's, rounded to another dtype."""

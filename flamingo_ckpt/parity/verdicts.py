@@ -177,25 +177,28 @@ def misfit_findings(
 
 def parameter_findings(parameters: Parameters, keys: Keys) -> Iterator[Finding]:
     """One for each tensor that differs or that one side lacks."""
-    for name, what in parameters.different.items():
-        ours, theirs = keys.both(name)
+    by_key: dict[str, list[str]] = {}
+    for name in parameters.different:
+        by_key.setdefault(keys.both(name)[1], []).append(name)
+    for key, names in by_key.items():
+        told = "; ".join(f"{name}: {parameters.different[name]}" for name in names)
         yield Finding(
             code="FC301",
             severity="error",
-            key=theirs,
-            detail=f"`{escape(theirs)}` ({name}): {what}",
-            data={"canonical": name, "a": ours, "b": theirs},
+            key=key,
+            detail=f"`{escape(key)}` holds other bits: {told}",
+            data={"canonical": names, "a": [keys.both(name)[0] for name in names], "b": key},
         )
-    for names, code, side in (
+    for alone, code, side in (
         (parameters.only_a, "FC203", "A"),
         (parameters.only_b, "FC204", "B"),
     ):
-        for name in names:
+        for name in alone:
             yield Finding(
                 code=code,
                 severity="error",
                 key=keys.both(name)[side == "B"],
-                detail=f"`{name}` is in {side} alone",
+                detail=f"`{name}` is in {side}'s model alone",
                 data={"canonical": name},
             )
     if parameters.cast:
