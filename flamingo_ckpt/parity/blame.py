@@ -164,6 +164,7 @@ class Investigation:
         return near or self._up_to(stage, gates, different)
 
     def _up_to(self, stage: str, gates: str, different: Sequence[str]) -> list[str]:
+        """Differing tensors at home in this stage or before it."""
         homes, here = self._homes(stage, gates, different)
         return [name for name, at in homes.items() if at <= here]
 
@@ -182,7 +183,7 @@ class Investigation:
         if self.a.dtype_of(name) == self._second.dtype_of(name):
             return False
         ours, theirs = self.a.atom(name), self._second.atom(name)
-        return bool((ours.to(theirs.dtype) == theirs).all())
+        return ours.shape == theirs.shape and bool((ours.to(theirs.dtype) == theirs).all())
 
     def _settings_at(self, stage: str) -> Iterator[Suspect]:
         base = self._config.config if self._config is not None else None
