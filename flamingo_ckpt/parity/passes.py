@@ -65,6 +65,7 @@ class SideRun:
         failure: why it could not compute the inputs; "" where it could.
         tokens, leads: of the greedy continuation; none where nothing was written.
         not_written: why it could not write; "" where it could.
+        unheard: stages that have a module and that no forward came to.
         num_gates, num_closed: gates, and those that are 0.
     """
 
@@ -78,6 +79,7 @@ class SideRun:
     tokens: list[int] = field(default_factory=list)
     leads: list[float] = field(default_factory=list)
     not_written: str = ""
+    unheard: tuple[str, ...] = ()
     num_gates: int = 0
     num_closed: int = 0
 
@@ -160,6 +162,7 @@ def run_first(shell: Shell, dtype: str, setting: Setting, *, is_steadied: bool =
                 hint="`--inputs` and `--prompt` have to fit the model",
             ) from error
         first.traces[gates], first.noise[gates] = trace, noise
+        run.unheard = tuple(stage for stage in run.modules if stage not in trace.stages)
     if is_steadied:
         gates = setting.gates[-1]
         _repeat(runner, gates, first.traces[gates].digests, run, setting)
@@ -204,6 +207,8 @@ def run_second(
             runner.run(inputs, compare, gate=gate_value(gates))
         except FAILURES as error:
             run.failure = run.failure or _reason(error)
+        else:
+            run.unheard = tuple(stage for stage in run.modules if stage not in found)
         passes.append(_judged(first, gates, found, setting.device))
     if is_steadied and not run.failure:
         _repeat(runner, setting.gates[-1], dict(digests), run, setting)

@@ -236,6 +236,14 @@ def run_findings(runs: tuple[SideRun, SideRun], gates: Sequence[str]) -> Iterato
                 detail=f"{name} gives other bits when it is run again, first at `{run.unstable}`",
                 hint="it draws random numbers, or a kernel has no fixed order of summation",
             )
+        if run.unheard:
+            yield Finding(
+                code="FC485",
+                severity="warning",
+                detail=f"no forward of {name} came to "
+                + name_some(list(run.unheard), 5, where="")
+                + ": what is there is compared by its bits alone",
+            )
         if run.failure:
             yield Finding(
                 code="FC480",
