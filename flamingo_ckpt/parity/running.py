@@ -88,7 +88,12 @@ class Runner:
 
         stored = self.shell.stored(key)
         wanted = getattr(torch, self.dtype) if stored.is_floating_point() else None
-        return stored.to(self.device, wanted)
+        found = stored.to(self.device, wanted)
+        step = self.shell.steps.get(key)
+        if step is not None and found is not stored:
+            del stored
+            self.shell.reader.release(step)  # it was cast or moved: the file's pages are idle
+        return found
 
     def run(
         self,
