@@ -131,31 +131,37 @@ def _squeezed(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> Measure:
-    import torch
-
-    largest, squared, norm_a, norm_b, product = 0.0, 0.0, 0.0, 0.0, 0.0
+    """Norms are summed in float64; a·b follows from them, |a|² + |b|² - |a - b|² = 2 a·b."""
+    largest, squared, norm_a, norm_b = 0.0, 0.0, 0.0, 0.0
     num_bad = 0
     step = max(1, _BLOCK // max(1, a.shape[-1]))
     for at in range(0, len(a), step):
         x, y = a[at : at + step].double(), b[at : at + step].double()
-        odd = ~(x.isfinite() & y.isfinite())
-        if bool(odd.any()):
+        squares = _square(x), _square(y)
+        if not all(math.isfinite(one) for one in squares):
+            odd = ~(x.isfinite() & y.isfinite())
             same = (x == y) | (x.isnan() & y.isnan())
             num_bad += int((odd & ~same).sum())
             x, y = (one.masked_fill(odd, 0.0) for one in (x, y))
+            squares = _square(x), _square(y)
         difference = y - x
         if difference.numel():
             largest = max(largest, float(difference.abs().max()))
-        squared += float(torch.linalg.vector_norm(difference)) ** 2
-        norm_a += float(torch.linalg.vector_norm(x)) ** 2
-        norm_b += float(torch.linalg.vector_norm(y)) ** 2
-        product += float((x * y).sum())
+        squared += _square(difference)
+        norm_a, norm_b = norm_a + squares[0], norm_b + squares[1]
     relative = math.sqrt(squared / norm_a) if norm_a else (math.inf if squared else 0.0)
-    norms = math.sqrt(norm_a * norm_b)
+    norms = math.sqrt(norm_a) * math.sqrt(norm_b)
+    product = (norm_a + norm_b - squared) / 2
     cosine = max(-1.0, min(1.0, product / norms)) if norms else (1.0 if norm_a == norm_b else 0.0)
     if num_bad:
         relative = math.nan
     return Measure(max_abs=largest, relative=relative, cosine=cosine, num_bad=num_bad)
+
+
+def _square(values: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _of_logits(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
