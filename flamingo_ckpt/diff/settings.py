@@ -16,10 +16,15 @@ def settings_findings(a: Side, b: Side) -> Iterable[Finding]:
     if not are_comparable(a, b):
         return  # of two kinds of model
     for name, (ours, theirs) in differing(a.settings, b.settings).items():
-        yield Finding(
-            code="FC407",
-            severity="error",
-            detail=f"`{name}` is {escape(repr(ours))} in A and {escape(repr(theirs))} in B: with "
-            "equal weights the two compute differently",
-            data={"setting": name, "a": ours, "b": theirs},
-        )
+        yield setting_differs(name, ours, theirs)
+
+
+def setting_differs(name: str, ours: object, theirs: object) -> Finding:
+    """The finding for one setting that the two sides tell, and not alike."""
+    return Finding(
+        code="FC407",
+        severity="error",
+        detail=f"`{name}` is {escape(repr(ours))} in A and {escape(repr(theirs))} in B: with "
+        "equal weights the two compute differently",
+        data={"setting": name, "a": ours, "b": theirs},
+    )

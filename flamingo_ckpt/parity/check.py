@@ -318,7 +318,7 @@ def _second(b: Side, dtype: str) -> tuple[Shell | None, Finding | None]:
     except CkptError as error:
         if error.code not in _MISFITS:
             raise
-        return None, replace(error.as_finding(), hint=error.hint)
+        return None, error.as_finding()
 
 
 def _missing_rows(first: Shell, second: Shell | None, inputs: Inputs) -> tuple[int, int] | None:

@@ -43,7 +43,6 @@ class Tap:
         module: whose call it is.
         path: of the module.
         listens: `output`, `input` (the first argument), or `second` (the second argument).
-        is_once: whether another tap of the same stage may have been met before.
     """
 
     stage: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from flamingo_ckpt.diff.settings import setting_differs
 from flamingo_ckpt.errors import CkptError, Finding, name_some
 from flamingo_ckpt.models.settings import differing, settings_of
 from flamingo_ckpt.parity.inputs import WRITING, Inputs
@@ -83,13 +84,7 @@ def refuse_misfit(shell: Shell) -> None:
 def setting_findings(a: Side, b: Side) -> Iterator[Finding]:
     """Settings that no tensor shows and that differ, and configs that nobody could check."""
     for name, (ours, theirs) in setting_differences(a.model, b.model).items():
-        yield Finding(
-            code="FC407",
-            severity="error",
-            detail=f"`{name}` is {escape(repr(ours))} in A and {escape(repr(theirs))} in B: with "
-            "equal weights the two compute differently",
-            data={"setting": name, "a": ours, "b": theirs},
-        )
+        yield setting_differs(name, ours, theirs)
     for side, other in ((a, b), (b, a)):
         if not side.has_own_config and other.has_own_config and side.config is other.config:
             yield Finding(
