@@ -1,0 +1,24 @@
+"""One row of the table of findings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What a code is about, for people.
+
+    Attributes:
+        code: `FC` and three digits; stable across releases.
+        severity: the one that it usually has: `error`, `warning` or `info`. A finding carries its own.
+        title: a few words, no two codes share them.
+        meaning: what was seen and why it matters; paragraphs, separated by an empty line.
+        hint: what to do about it; a finding's own hint is more exact.
+    """
+
+    code: str
+    severity: str
+    title: str
+    meaning: str
+    hint: str
