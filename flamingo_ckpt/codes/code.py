@@ -11,7 +11,7 @@ class Code:
 
     Attributes:
         code: `FC` and three digits; stable across releases.
-        severity: the one that it usually has: `error`, `warning` or `info`. A finding carries its own.
+        severity: the one that it usually has: `error`, `warning` or `info`.
         title: a few words, no two codes share them.
         meaning: what was seen and why it matters; paragraphs, separated by an empty line.
         hint: what to do about it; a finding's own hint is more exact.
