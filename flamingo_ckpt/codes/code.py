@@ -1,4 +1,4 @@
-"""One row of the table of findings."""
+"""One row of the table of findings, and the themes that the rows are sorted by."""
 
 from __future__ import annotations
 
@@ -22,3 +22,20 @@ class Code:
     title: str
     meaning: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Theme:
+    """Codes that are about one thing.
+
+    Attributes:
+        name: a word, for scripts.
+        title: the heading above its codes.
+        of_check: whether `check` can find them, so that a policy can waive them.
+        codes: its rows, in the order of the codes.
+    """
+
+    name: str
+    title: str
+    of_check: bool
+    codes: tuple[Code, ...]

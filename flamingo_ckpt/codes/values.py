@@ -7,56 +7,85 @@ CODES = (
         "FC301",
         "error",
         "bits differ",
-        meaning="",
-        hint="",
+        meaning="Two tensors that should be the same hold other bits. Bits are compared as bits, "
+        "so that another NaN, or -0 in place of 0, counts as well. The message gives the first "
+        "element that differs and how many do; a single one points to damage, all of them to "
+        "another training state or a rounding on the way.\n\n"
+        "When `convert` gives it, the result that was read back is not the source: nothing was put "
+        "in place.",
+        hint="`flamingo-ckpt diff A B --level bits` lists every tensor. If a cast was intended, "
+        "give `verify` the same `--dtype`. After damage, convert again from the source.",
     ),
     Code(
         "FC302",
-        "error",
+        "info",
         "inexact cast",
-        meaning="",
-        hint="",
+        meaning="A cast that was asked for rounded values: the narrower dtype does not have them. "
+        "That is what a cast to bfloat16 or float16 does to nearly every weight; it is counted so "
+        "that nobody takes the result for exact. Values that were rounded to zero are counted "
+        "beside.",
+        hint="Nothing, if the cast was meant. To keep every bit: `--dtype keep`, which is the "
+        "default.",
     ),
     Code(
         "FC303",
         "error",
         "overflow to infinity in a cast",
-        meaning="",
-        hint="",
+        meaning="In a cast, finite values became infinite because the narrower dtype does not "
+        "reach as far: float16 ends at 65504. One infinite weight makes the outputs of a model "
+        "useless. `convert` wrote the files, and ends with exit code 1.",
+        hint="`--dtype bfloat16` has the range of float32; `--dtype keep` changes nothing. A "
+        "weight of that size can also be a sign of a broken training run.",
     ),
     Code(
         "FC304",
         "error",
         "NaN lost in a cast",
-        meaning="",
-        hint="",
+        meaning="In a cast, a NaN became an ordinary number. What was recognisable as broken would "
+        "look healthy afterwards. This is never expected of a correct cast, and is checked for all "
+        "the same.",
+        hint="Keep the dtype (`--dtype keep`), and report it together with the dtypes that the "
+        "message names.",
     ),
     Code(
         "FC305",
         "error",
         "dtype not representable",
-        meaning="",
-        hint="",
+        meaning="A tensor has a dtype that the format of the destination, or the step that was "
+        "asked for, cannot take: safetensors has no complex128, numpy no bfloat16 and no 8-bit "
+        "floats, and values that mean something only together with their scales have no cast. "
+        "Nothing is converted to a neighbouring dtype in silence, so nothing was written.",
+        hint="Choose a format that holds it (`--format torch` or `--format safetensors`), cast it "
+        "(`--dtype float32`), or leave it out with `--exclude`. For npz: `--npy-bfloat16`.",
     ),
     Code(
         "FC306",
         "error",
         "unsupported tensor kind",
-        meaning="",
-        hint="",
+        meaning="The tensor is no plain dense array: sparse, quantized, nested, distributed, a "
+        "lazy conjugate, a structured numpy dtype, or no tensor at all. Its stored bytes are not "
+        "its values, so copying them would make a file that loads and means something else.",
+        hint="Where it was trained, make it dense (`.to_dense()`, `.dequantize()`, "
+        "`.full_tensor()`, `.resolve_conj()`) and save again.",
     ),
     Code(
         "FC307",
         "error",
         "view expands its storage",
-        meaning="",
-        hint="",
+        meaning="The tensor is a view that repeats the few bytes it lies on, such as one row "
+        "expanded to a thousand. A file of a kilobyte can claim a terabyte that way, so it is not "
+        "written out unless that was asked for. `inspect` tells it as a warning.",
+        hint="If the expansion is real: `--max-expansion RATIO`, with the number that the message "
+        "gives. Better: call `.contiguous()` or save the small tensor.",
     ),
     Code(
         "FC308",
-        "error",
+        "warning",
         "non-canonical BOOL bytes",
-        meaning="",
-        hint="",
+        meaning="A tensor of dtype BOOL has bytes that are neither 0 nor 1. They are kept bit for "
+        "bit. Programs disagree about what such a byte means, and two that compare as true may "
+        "compare as different.",
+        hint="If the bytes are masks, write them again with `tensor != 0` where they were made; no "
+        "weight is affected.",
     ),
 )
