@@ -19,7 +19,7 @@ from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
 
 #: verb -> module under `flamingo_ckpt.cli`; imported only when it is asked for.
-VERBS = ("inspect", "convert", "verify", "diff", "parity", "layouts")
+VERBS = ("inspect", "convert", "verify", "diff", "parity", "layouts", "explain", "report")
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 
@@ -134,7 +134,7 @@ def _failed(arguments: tuple[str, ...], error: CkptError, exit_code: int) -> int
     command = next((word for word in arguments if word in VERBS), "")
     out = Output(json="--json" in arguments)
     try:
-        out.emit(error_report(error, command, arguments, 0.0, exit_code), error.where)
+        out.emit(error_report(error, command, arguments, 0.0, exit_code))
     except OSError:
         pass  # there is nobody to tell
     return exit_code

@@ -63,7 +63,7 @@ _SHARED = (
         "--output",
         type=click.Path(dir_okay=False),
         metavar="FILE",
-        help="Write the report to FILE too (.json or .md; parity also .html).",
+        help="Write the report to FILE too: .json, .md, .html, .sarif or .xml (JUnit).",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Answer by the exit code alone."),
     click.option("-v", "--verbose", is_flag=True, help="List everything, fold nothing away."),
@@ -78,8 +78,8 @@ _SHARED = (
 )
 
 
-def verb(function: Verb) -> Callable[..., int]:
-    """Add the shared options; the body returns a report, the command an exit code."""
+def with_output(function: Callable[..., int]) -> Callable[..., int]:
+    """Add the options that every verb shares; the body gets them as `out`, an `Output`."""
 
     @functools.wraps(function)
     def command(
@@ -102,26 +102,33 @@ def verb(function: Verb) -> Callable[..., int]:
             progress=not no_progress,
             debug=debug,
         )
+        return function(out=out, **options)
+
+    return functools.reduce(lambda inner, option: option(inner), reversed(_SHARED), command)
+
+
+def verb(function: Verb) -> Callable[..., int]:
+    """Add the shared options; the body returns a report, the command an exit code."""
+
+    @functools.wraps(function)
+    def command(*, out: Output, **options: Any) -> int:
         context = click.get_current_context()
         argv = context.find_root().meta.get("argv", ())
         started = time.monotonic()
         try:
-            out.check(context.info_name or "")
+            out.check()
             report = function(out=out, argv=argv, started=started, **options)
         except CkptError as error:
-            if debug:
+            if out.debug:
                 raise
             seconds = time.monotonic() - started
             report = error_report(error, context.info_name or "", argv, seconds)
-            context.find_root().meta["exit_code"] = report.exit_code
-            out.emit(report, error.where)
-            return report.exit_code
         # Kept where `main` finds it should the reader of stdout have gone away.
         context.find_root().meta["exit_code"] = report.exit_code
         out.emit(report)
         return report.exit_code
 
-    return functools.reduce(lambda inner, option: option(inner), reversed(_SHARED), command)
+    return with_output(command)
 
 
 wrapper_key = click.option(

@@ -7,18 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import click
 
 from flamingo_ckpt.errors import CkptError, NotFaithfulError
 from flamingo_ckpt.report.document import Report, to_document
+from flamingo_ckpt.report.renderings import SUFFIXES, format_of, render_as
 from flamingo_ckpt.tensors import escape
 
-#: `--output` suffixes that can be written.
-OUTPUT_SUFFIXES = (".json", ".md")
-#: Those of one verb's reports besides.
-_OWN_SUFFIXES = {"parity": (".html",)}
 _COLORS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 
 
@@ -34,48 +31,49 @@ class Output:
     progress: bool = True
     debug: bool = False
 
-    def check(self, command: str) -> None:
-        """Raise FC006 for an `--output` that a verb's report has no rendering for."""
-        suffixes = _suffixes(command)
-        if self.output and os.path.splitext(self.output)[1].lower() not in suffixes:
+    def check(self) -> None:
+        """Raise FC006 for an `--output` that no rendering is written to, FC003 and FC004 too."""
+        if not self.output:
+            return
+        if format_of(self.output) is None:
             raise CkptError(
-                f"`{self.output}` has a suffix that no report format of `{command}` has",
+                f"`{self.output}` has a suffix that no report format has",
                 code="FC006",
-                hint="reports are written to " + " or ".join(suffixes),
+                hint="reports are written to " + " or ".join(SUFFIXES),
             )
-        if self.output:
-            from flamingo_ckpt.formats.staging import check_replaceable
+        from flamingo_ckpt.formats.staging import check_replaceable
 
-            check_replaceable(self.output, overwrite=True, folder=False)
+        check_replaceable(self.output, overwrite=True, folder=False)
 
-    def emit(self, report: Report, where: str | None = None) -> None:
+    def emit(self, report: Report) -> None:
         """Print the report, and write it to `--output`."""
-        if self.output and os.path.splitext(self.output)[1].lower() in _suffixes(report.command):
-            self._write(report)
+        format = format_of(self.output) if self.output else None
+        if self.output and format is not None:
+            self.write(self.output, render_as(report, format))
         if self.json:
             click.echo(json.dumps(to_document(report), indent=2))
             return
-        from flamingo_ckpt.report import text
+        if report.summary:
+            self.print_text(report)
+            return
+        from flamingo_ckpt.report.text import render
 
-        if not report.summary:
-            finding = report.findings[0]
-            self._talk(text.render_error(finding, where))
-        elif not self.quiet:
-            for line in text.render(report, verbose=self.verbose):
+        self._talk(render(report))
+
+    def print_text(self, report: Report) -> None:
+        """Print a report for people, unless they asked for silence."""
+        from flamingo_ckpt.report.text import render
+
+        if not self.quiet:
+            for line in render(report, verbose=self.verbose):
                 click.echo(_paint(line), color=self._wants_color(True))
 
-    def _write(self, report: Report) -> None:
-        path = self.output or ""
-        if path.lower().endswith(".md"):
-            from flamingo_ckpt.report.markdown import to_markdown
+    def without_file(self) -> Output:
+        """The same, for a report that `--output` is not about."""
+        return replace(self, output=None)
 
-            content = to_markdown(report) + "\n"
-        elif path.lower().endswith(".html"):
-            from flamingo_ckpt.report.parity_html import to_html
-
-            content = to_html(report)
-        else:
-            content = json.dumps(to_document(report), indent=2) + "\n"
+    def write(self, path: str, content: str) -> None:
+        """Put a file in place, at once or not at all."""
         # Here, because --help and a failed parse need none of it.
         from flamingo_ckpt.formats.staging import staged_file, write_at_path
 
@@ -139,10 +137,6 @@ class Output:
                 bars.advance(tasks[name], num_bytes)
 
             yield Progress(advance)
-
-
-def _suffixes(command: str) -> tuple[str, ...]:
-    return (*OUTPUT_SUFFIXES, *_OWN_SUFFIXES.get(command, ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.report.document import Report
 from flamingo_ckpt.report.fold import fold
+from flamingo_ckpt.report.words import sentence
 from flamingo_ckpt.tensors import escape
 
 _MAX_ROWS = 12
@@ -28,11 +29,10 @@ _WORDS: Mapping[str, str] = {
 }
 #: Where the heading of a group says what the detail of each key says.
 _SAID_ABOVE = ("FC203", "FC204")
-_COMPARED = {"keys": "names", "headers": "names, dtypes and shapes", "bits": "every bit"}
 _FLAGS = {"vision": "--base-vision", "language": "--base-language"}
 
 
-def render_diff(report: Report, *, verbose: bool) -> list[str]:
+def render_diff(report: Report, *, verbose: bool = False) -> list[str]:
     """What differs by kind, what does not matter, then the verdict with the counts."""
     lines = [""]
     errors = [one for one in report.findings if one.severity == "error"]
@@ -44,7 +44,7 @@ def render_diff(report: Report, *, verbose: bool) -> list[str]:
         rest = [one for one in report.findings if one.severity == severity and one.code != "FC215"]
         for code in dict.fromkeys(one.code for one in rest):
             lines += _group(word, [one for one in rest if one.code == code], verbose)
-    return [*lines, _verdict(report)]
+    return [*lines, sentence(report)]
 
 
 def _rank(code: str) -> int:
@@ -52,24 +52,14 @@ def _rank(code: str) -> int:
     return known.index(code) if code in known else len(known)
 
 
-def _verdict(report: Report) -> str:
-    counts = ", ".join(
-        f"{number} {name.replace('_', ' ')}"
-        for name, number in report.summary.items()
-        if number or name == "same"
-    )
-    word = "same" if report.verdict == "pass" else "differs"
-    return f"{word}: {counts} (compared: {_COMPARED[report.extra['level']]})"
-
-
 def _absent(findings: Iterable[Finding], verbose: bool) -> list[str]:
     lines: list[str] = []
     absent = [one for one in findings if one.code == "FC215"]
-    for base in dict.fromkeys(one.data["base"] for one in absent):
-        keys = [one for one in absent if one.data["base"] == base]
+    for base in dict.fromkeys(str(one.data.get("base")) for one in absent):
+        keys = [one for one in absent if str(one.data.get("base")) == base]
         lines.append(
-            f"absent by design: {_keys(len(keys))} of the {base} base "
-            f"(convert {_FLAGS[base]} supplies them)"
+            f"absent by design: {_keys(len(keys))} of the {escape(base)} base"
+            + (f" (convert {_FLAGS[base]} supplies them)" if base in _FLAGS else "")
         )
         if verbose:
             lines += _rows([(one.key or "", "") for one in keys], verbose)

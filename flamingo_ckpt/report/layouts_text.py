@@ -8,7 +8,7 @@ from typing import Any
 from flamingo_ckpt.report.document import Report
 
 
-def render_layouts(report: Report) -> list[str]:
+def render_layouts(report: Report, *, verbose: bool = False) -> list[str]:  # noqa: ARG001
     """One line a layout, or one line a rule."""
     layouts, rules = report.extra["layouts"], report.extra["rules"]
     if rules or len(layouts) == 1:

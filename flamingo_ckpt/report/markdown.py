@@ -6,22 +6,23 @@ import html
 from collections.abc import Iterable, Sequence
 
 from flamingo_ckpt.report.document import Report
+from flamingo_ckpt.report.words import sentence, verdict_word
 from flamingo_ckpt.tensors import escape
-
-_WORDS = {"pass": "passed", "fail": "failed", "error": "error", "incomplete": "incomplete"}
 
 
 def to_markdown(report: Report) -> str:
     """Headline, inputs, counts and every finding as tables; hostile text is escaped."""
-    lines = [f"# flamingo-ckpt {report.command}: {_WORDS[report.verdict]}", ""]
-    lines += ["`" + _code("flamingo-ckpt " + " ".join(report.argv)) + "`", ""]
+    lines = [f"# flamingo-ckpt {report.command}: {verdict_word(report)}", ""]
+    lines += [code("flamingo-ckpt " + " ".join(report.argv)), ""]
     if report.inputs:
         columns = ("uri", "format", "layout", "wrapper", "prefix", "num_tensors", "num_bytes")
-        lines += table(columns, ([one[name] for name in columns] for one in report.inputs))
+        lines += table(columns, ([one.get(name) for name in columns] for one in report.inputs))
     if report.command == "parity" and report.summary:
         from flamingo_ckpt.report.parity_markdown import parity_sections
 
         lines += parity_sections(report)
+    elif report.command == "check" and report.summary:
+        lines += [f"**{prose(sentence(report))}**", "", *check_table(report)]
     elif report.summary:
         counts = [(name, value) for name, value in report.summary.items() if name != "files"]
         lines += table(("count", "value"), counts)
@@ -33,6 +34,16 @@ def to_markdown(report: Report) -> str:
         told = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
         lines += table(("severity", "code", "key", "detail", "hint"), told)
     return "\n".join(lines)
+
+
+def check_table(report: Report) -> list[str]:
+    """One row for each check: how it ended, in a word, and why."""
+    rows = []
+    for one in report.extra["checks"]:
+        found = [item.code for item in report.findings if item.data.get("check") == one["name"]]
+        status = one["status"] + (", required" if one["required"] else "")
+        rows.append((one["name"], status, one["sentence"], ", ".join(dict.fromkeys(found))))
+    return table(("check", "status", "", "codes"), rows)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -58,5 +69,6 @@ def prose(text: str) -> str:
     return text
 
 
-def _code(text: str) -> str:
-    return html.escape(escape(text), quote=False).replace("`", "'")
+def code(text: str) -> str:
+    """Text between backticks, on one line."""
+    return "`" + html.escape(escape(text), quote=False).replace("`", "'") + "`"

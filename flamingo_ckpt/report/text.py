@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.report.document import Report
 from flamingo_ckpt.report.fold import fold
+from flamingo_ckpt.report.words import count, sentence
 from flamingo_ckpt.tensors import escape, format_shape
 
 _MAX_LISTED = 10
@@ -26,32 +28,38 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes} B" if unit == 0 else f"{value:.3g} {_UNITS[unit]}"
 
 
-def count(number: int, noun: str) -> str:
-    """`1 tensor`, `334 tensors`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+#: verb -> (module of this room, function) where its text is made of more than counts and findings.
+_RENDERERS: Mapping[str, tuple[str, str]] = {
+    "inspect": ("text", "render_inspect"),
+    "convert": ("text", "render_convert"),
+    "verify": ("text", "render_verify"),
+    "diff": ("diff_text", "render_diff"),
+    "parity": ("parity_text", "render_parity"),
+    "layouts": ("layouts_text", "render_layouts"),
+    "explain": ("explain_text", "render_explain"),
+}
 
 
 def render(report: Report, *, verbose: bool = False) -> list[str]:
-    """The lines of a report that has an answer (errors are rendered by `render_error`)."""
-    lines = [_input_line(one) for one in report.inputs]
-    if report.command == "verify":
-        lines += _verify(report)
-    elif report.command == "diff":
-        from flamingo_ckpt.report.diff_text import render_diff
+    """The lines of a report: of its inputs first, then what its verb has to say."""
+    if not report.summary:
+        return render_error(report.findings[0], report.extra.get("where"))
+    module, name = _RENDERERS.get(report.command, ("text", "render_counts"))
+    function = getattr(importlib.import_module(f"flamingo_ckpt.report.{module}"), name)
+    lines: list[str] = function(report, verbose=verbose)
+    return [*(_input_line(one) for one in report.inputs), *lines]
 
-        return [*lines, *render_diff(report, verbose=verbose)]
-    elif report.command == "parity":
-        from flamingo_ckpt.report.parity_text import render_parity
 
-        return [*lines, *render_parity(report, verbose=verbose)]
-    elif report.command == "layouts":
-        from flamingo_ckpt.report.layouts_text import render_layouts
+def render_counts(report: Report, *, verbose: bool = False) -> list[str]:
+    """What any verb's report can be told as: its numbers and words, then its findings."""
+    told = [(name, value) for name, value in report.summary.items() if not _is_nested(value)]
+    width = max((len(name) for name, _ in told), default=0)
+    lines = [f"{name.replace('_', ' '):<{width}}  {escape(str(value))}" for name, value in told]
+    return [*lines, *render_findings(report.findings, verbose)]
 
-        lines += render_layouts(report)
-    else:
-        lines += {"inspect": _inspect, "convert": _convert}[report.command](report, verbose)
-    lines += render_findings(report.findings, verbose)
-    return lines
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
 
 
 def render_error(finding: Finding, where: str | None) -> list[str]:
@@ -80,11 +88,12 @@ def _input_line(one: Mapping[str, Any]) -> str:
     return "   ".join(parts)
 
 
-def _inspect(report: Report, verbose: bool) -> list[str]:
+def render_inspect(report: Report, *, verbose: bool = False) -> list[str]:
+    """Every tensor, folded, then what the file has besides."""
     extra = report.extra
     lines = [""]
-    lines += _tensor_rows(extra["tensors"])
-    lines.append("")
+    if "tensors" in extra:
+        lines += [*_tensor_rows(extra["tensors"]), ""]
     summary = report.summary
     dtypes = ", ".join(f"{name} {number}" for name, number in summary["dtypes"].items())
     lines.append(
@@ -117,7 +126,7 @@ def _inspect(report: Report, verbose: bool) -> list[str]:
             lines.append(f"metadata   {escape(key)}: {shown}")
     if extra["pickle_globals"]:
         lines += _globals(extra["pickle_globals"])
-    return lines
+    return [*lines, *render_findings(report.findings, verbose)]
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
@@ -192,7 +201,8 @@ def _span(files: Sequence[Mapping[str, Any]]) -> str:
     return f"`{escape(files[0]['path'])}` to `{escape(files[-1]['path'])}`"
 
 
-def _convert(report: Report, verbose: bool) -> list[str]:
+def render_convert(report: Report, *, verbose: bool = False) -> list[str]:
+    """The plan, what was written, and whether it was read back."""
     summary, extra = report.summary, report.extra
     lines = []
     why = f" ({extra['prefix']} removed)" if extra["prefix"] else ""
@@ -227,14 +237,15 @@ def _convert(report: Report, verbose: bool) -> list[str]:
         )
     else:
         lines.append("verified   not run (--no-verify)")
-    return lines
+    return [*lines, *render_findings(report.findings, verbose)]
 
 
 def _joined(dst: str, name: str, is_folder: bool) -> str:
     return f"{dst.rstrip('/')}/{name}" if is_folder else dst
 
 
-def _verify(report: Report) -> list[str]:
+def render_verify(report: Report, *, verbose: bool = False) -> list[str]:
+    """The counts, the verdict in words, and every difference."""
     summary = report.summary
     total = sum(summary[name] for name in ("bit_exact", "cast", "different", "missing"))
     rows = [
@@ -249,17 +260,14 @@ def _verify(report: Report) -> list[str]:
     unverified = len(report.extra["unverified"])
     if unverified:
         lines.append(f"  not checked {unverified}: a base supplied them, and none is given here")
-    if report.verdict == "pass":
-        cast = " after the cast" if summary["cast"] else ""
-        lines.append("faithful: every tensor is there, bit for bit" + cast)
-    elif report.verdict == "incomplete":
+    if report.verdict == "incomplete":
         lines.append(
             "incomplete: what the source holds is there; --base-vision and --base-language name "
             "what the rest is compared with"
         )
     else:
-        lines.append("not faithful")
-    return lines
+        lines.append(sentence(report))
+    return [*lines, *render_findings(report.findings, verbose)]
 
 
 def render_findings(findings: Sequence[Finding], verbose: bool) -> list[str]:
