@@ -171,7 +171,8 @@ def test_formats_and_layouts_never_touch_a_model_library(module: Path) -> None:
 
 @each_module
 def test_only_the_command_line_prints(module: Path) -> None:
-    if room(module) == "cli":
+    # the table of findings has a command of its own, which writes the document that is made of it
+    if room(module) == "cli" or ids(module) == "codes/__main__.py":
         return
     for node in ast.walk(tree_of(module)):
         if not isinstance(node, ast.Call):

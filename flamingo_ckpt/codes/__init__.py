@@ -61,5 +61,15 @@ TABLE: Final = MappingProxyType(
 )
 #: code -> its theme.
 THEME_OF: Final = MappingProxyType({one.code: theme for theme in THEMES for one in theme.codes})
+#: What no policy lets pass: code that could run, files from elsewhere, the policy's own faults.
+UNWAIVABLE: Final = frozenset({"FC501", "FC502", "FC503", "FC620", "FC621", "FC623"})
+#: Of the themes that `check` is about, but told by `push`.
+_OF_PUSH = frozenset({"FC630", "FC631"})
 
-__all__ = ["TABLE", "THEMES", "THEME_OF", "Code", "Theme"]
+
+def is_of_check(code: str) -> bool:
+    """Whether a code can stand among the findings of `check`."""
+    return THEME_OF[code].of_check and code not in _OF_PUSH
+
+
+__all__ = ["TABLE", "THEMES", "THEME_OF", "UNWAIVABLE", "Code", "Theme", "is_of_check"]
