@@ -113,6 +113,7 @@ def fields_of(value: Any) -> set[str]:
         *document.get("tensors", ()),
         *document.get("layouts", ()),
         *document.get("rules", ()),
+        *document.get("codes", ()),
     ]
     inner.append(document.get("layout") or {})
     return {field for part in (document, *inner) for field in part}
@@ -132,6 +133,8 @@ def test_every_field_of_a_report_is_documented(tmp_path: Path) -> None:
         ("diff", partial, tmp_path / "hf"),
         ("layouts",),
         ("layouts", "hf-flamingo"),
+        ("explain",),
+        ("explain", "FC203"),
     ):
         document = cli_ok(*arguments, "--json").document
         named = sorted(fields_of(document))
