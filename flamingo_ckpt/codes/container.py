@@ -22,9 +22,9 @@ CODES = (
         "error",
         "truncated",
         meaning="The file ends before the bytes that its own header, directory or pickle speaks "
-        "of. An interrupted download or copy, or a disk that was full while saving, leaves such a "
-        "file. A loader that maps the file may notice only when the missing part is used. Nothing "
-        "was written.",
+        "of, or a record that holds a tensor is not there. An interrupted download or copy, or a "
+        "disk that was full while saving, leaves such a file. A loader that maps the file may "
+        "notice only when the missing part is used. Nothing was written.",
         hint="Compare the size with the original, and copy or download the file again.",
     ),
     Code(

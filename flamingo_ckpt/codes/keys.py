@@ -60,7 +60,7 @@ CODES = (
         "random tensor in its place. Usually the config is of another size of the model, or the "
         "vocabulary or the grid of positions was changed.",
         hint="Name the config of the model that was trained. `flamingo-ckpt inspect SRC` shows the "
-        "shapes; rows of a vocabulary are padded or cut with `convert --vocab-rows N`.",
+        "shapes; rows of a vocabulary are padded or cut with `convert --to LAYOUT --vocab-rows N`.",
     ),
     Code(
         "FC206",
@@ -186,8 +186,8 @@ CODES = (
         "tokens were added, or a table of positions for another size of image. It cannot be loaded "
         "as it stands, and unlike other differences of shape there is a known way to make it fit. "
         "The message says by how many rows they differ.",
-        hint="Vocabulary: `convert --vocab-rows N`, or resize the model's embedding before "
-        "loading. Positions: `load_checkpoint` resizes them from grid to grid.",
+        hint="Vocabulary: `convert --to LAYOUT --vocab-rows N`, or resize the model's embedding "
+        "before loading. Positions: `load_checkpoint` resizes them from grid to grid.",
     ),
     Code(
         "FC217",

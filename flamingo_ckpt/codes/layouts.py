@@ -93,8 +93,8 @@ CODES = (
         "are trained. Rows that are cut are named too.\n\n"
         "It is an error where nothing says which number is right, and where the embedding lacks "
         "rows for tokens that are used. For padding by a known rule it is only a note.",
-        hint="Say how many rows there should be: `convert --vocab-rows N`. If tokens were added in "
-        "training, take the checkpoint in which embedding and head both grew.",
+        hint="Say how many rows there should be: `convert --to LAYOUT --vocab-rows N`. If tokens "
+        "were added in training, take the checkpoint in which embedding and head both grew.",
     ),
     Code(
         "FC419",

@@ -82,8 +82,8 @@ CODES = (
         "error",
         "continuations differ",
         meaning="Writing on greedily, always with the likeliest token, the two models choose "
-        "different ones, and it is not a tie. Small differences in logits become visible to users "
-        "that way.",
+        "different ones where A is not undecided between two, or B cannot write at all. Small "
+        "differences in logits become visible to users that way.",
         hint="See the first stage that diverges; if none does, compare in `--dtype float64`.",
     ),
     Code(

@@ -9,8 +9,9 @@ CODES = (
         "pickle names code that could run",
         meaning="The pickle in the file names something that could run code when it is loaded: "
         "`os.system`, `builtins.eval`, `getattr` and the like. Every tool that unpickles the file "
-        "runs it with your rights. Nothing of it was executed here; the pickle is only read. A "
-        "model of weights has no reason to name such a thing.",
+        "runs it with your rights. Nothing of it was executed here; the pickle is only read. An "
+        "array of Python objects in a numpy file is a pickle as well, and refused alike. A model "
+        "of weights has no reason to name such a thing.",
         hint="Do not load the file with anything else. Ask its author for the weights alone, as "
         "safetensors, and tell the place it came from.",
     ),
@@ -30,9 +31,9 @@ CODES = (
         "error",
         "path leaves the folder",
         meaning="A file name or link leads out of the folder of the checkpoint: an index that "
-        "names `../` or an absolute path, or a symbolic link to elsewhere. Whoever opens such a "
-        "release could read or publish files of their own machine. It was not followed. Links into "
-        "the blob store of a hub cache are allowed.",
+        "names `../`, an absolute path or an address, or a symbolic link to elsewhere. Whoever "
+        "opens such a release could read or publish files of their own machine. It was not "
+        "followed. Links into the blob store of a hub cache are allowed.",
         hint="Copy the file into the folder. If the release came from somebody else, treat the "
         "rest of it with suspicion.",
     ),
