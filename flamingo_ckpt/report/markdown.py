@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flamingo_ckpt.report.document import Report
 from flamingo_ckpt.report.words import sentence, verdict_word
@@ -23,6 +23,8 @@ def to_markdown(report: Report) -> str:
         lines += parity_sections(report)
     elif report.command == "check" and report.summary:
         lines += [f"**{prose(sentence(report))}**", "", *check_table(report)]
+    elif report.command == "explain" and report.summary:
+        lines += [line for one in report.extra["codes"] for line in _page(one)]
     elif report.summary:
         counts = [(name, value) for name, value in report.summary.items() if name != "files"]
         lines += table(("count", "value"), counts)
@@ -34,6 +36,14 @@ def to_markdown(report: Report) -> str:
         told = [(f.severity, f.code, f.key, f.detail, f.hint) for f in report.findings]
         lines += table(("severity", "code", "key", "detail", "hint"), told)
     return "\n".join(lines)
+
+
+def _page(one: Mapping[str, str]) -> list[str]:
+    """What a code means, as `explain` tells it."""
+    lines = [f"## {prose(one['code'])}: {prose(one['title'])}", ""]
+    for paragraph in (*one["meaning"].split("\n\n"), f"What to do: {one['hint']}"):
+        lines += [prose(paragraph), ""]
+    return lines
 
 
 def check_table(report: Report) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flamingo_ckpt.codes import TABLE, THEMES
@@ -26,6 +28,13 @@ def test_a_code_may_be_written_in_several_ways(name: str) -> None:
 
 def test_leading_zeros_may_be_left_out() -> None:
     assert cli_ok("explain", "7", "--json").document["summary"]["code"] == "FC007"
+
+
+def test_as_markdown(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    cli_ok("explain", "FC203", "-q", "--output", page)
+    assert "\n## FC203: missing tensor\n\nA tensor that should be there is not:" in page.read_text()
+    assert "\nWhat to do: Look for the tensor" in page.read_text()
 
 
 def test_the_list_for_people() -> None:
