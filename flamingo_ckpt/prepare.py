@@ -145,13 +145,15 @@ def _config(manifest: Manifest, request: Request, target: Layout) -> ModelConfig
 
 def own_config(manifest: Manifest) -> ModelConfig | None:
     """The config in a checkpoint's own folder, where it describes a whole model."""
-    from flamingo_ckpt.models.config import read_config
+    from flamingo_ckpt.models.config import config_beside, read_config
 
-    if manifest.folder is None:
-        return None
     try:
+        if manifest.folder is None:
+            return config_beside(manifest)
         return read_config(_beside(manifest))
-    except CkptError:
+    except CkptError as error:
+        if error.code.startswith("FC47"):
+            raise  # the hub: that there is a config is known, and what it says is not
         return None  # a partial model's config, or another kind's; nothing was asked of it
 
 

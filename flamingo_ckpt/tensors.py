@@ -78,7 +78,7 @@ TORCH_DTYPES: Mapping[str, DType] = {dtype.torch: dtype for dtype in _TABLE if d
 
 
 class ByteSource(Protocol):
-    """Bytes that can be asked for by range: a file, a decompressed record, later a remote file."""
+    """Bytes that can be asked for by range: a file, a decompressed record, a file on the hub."""
 
     @property
     def name(self) -> str:
@@ -191,6 +191,9 @@ class Manifest:
         folder: the folder, when a folder was opened.
         carried: files of the folder beside the weights, relative names, sorted.
         check: walks the whole structure (record headers, payload ranges) of a local file; raises.
+        open_beside: opens a file of the folder by its name, such as a config; None where there is
+            no folder, or no such file in it.
+        remote: of a checkpoint on the hub, the `remote` field of a report's input, as of now.
     """
 
     uri: str
@@ -206,6 +209,8 @@ class Manifest:
     folder: str | None = None
     sources: tuple[ByteSource, ...] = ()
     check: Callable[[], None] = lambda: None
+    open_beside: Callable[[str], ByteSource | None] = lambda _: None
+    remote: Callable[[], Mapping[str, Any]] | None = None
 
     def by_name(self) -> dict[str, TensorInfo]:
         """The tensors by name."""

@@ -1,4 +1,4 @@
-"""A hub on this machine: the calls that `huggingface_hub` makes to download, answered from memory.
+"""A hub on this machine: the calls that `huggingface_hub` makes, answered from memory.
 
 Weights are kept on a second port, to which the first redirects, as the real one does. Every request
 is written down, and the server can be told to misbehave.
@@ -20,19 +20,44 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 #: Kept on the second port, under the SHA-256 of their content.
 LFS_SUFFIXES = (".pt", ".bin", ".safetensors", ".npz", ".gguf")
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """A large file of which only the ends are written down; what lies between is zeros."""
+
+    size: int
+    head: bytes
+    tail: bytes = b""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, span: slice) -> bytes:
+        first, end, _ = span.indices(self.size)
+        at = self.size - len(self.tail)
+        head = self.head[first:end]
+        tail = self.tail[max(first, at) - at : max(end, at) - at] if end > at else b""
+        return head + bytes(max(0, end - first) - len(head) - len(tail)) + tail
+
+
+Content = bytes | Hollow
 
 
 @dataclass
 class Repository:
     """Files of each commit, and which commit a branch or tag is at."""
 
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
+    is_read_only: bool = False
     token: str | None = None  # who may see it; None: everybody
 
 
@@ -52,7 +77,15 @@ class HubServer:
     Attributes:
         ignore_ranges: answer 200 with everything to a request for a range.
         drop_after: close the connection after so many bytes of a body, once.
+        drops: how often `drop_after` does that.
         status: answer everything with this status, where it is not None.
+        num_status: how often it does; None is for ever.
+        retry_after: what such an answer asks for.
+        lie: header -> what to say in it, whatever is true.
+        changes_etag: give another ETag at every request.
+        page: entries of a list of files in one answer.
+        verify_port: 0 or 1: where the store asks to be told that an upload has arrived.
+        objects: large files that were uploaded, by digest.
     """
 
     def __init__(self) -> None:
@@ -60,7 +93,15 @@ class HubServer:
         self.requests: list[Request] = []
         self.ignore_ranges = False
         self.drop_after: int | None = None
+        self.drops = 1
         self.status: int | None = None
+        self.num_status: int | None = None
+        self.retry_after = "0"
+        self.lie: dict[str, str] = {}
+        self.changes_etag = False
+        self.page = 1000
+        self.verify_port = 0
+        self.objects: dict[str, bytes] = {}
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
 
     def __enter__(self) -> HubServer:
@@ -86,7 +127,7 @@ class HubServer:
         return f"http://127.0.0.1:{self.ports[0]}"
 
     def push(
-        self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", **options: Any
+        self, repo_id: str, files: Mapping[str, Content], *, branch: str = "main", **options: Any
     ) -> str:
         """Put a commit with exactly these files on a branch, and return its hash."""
         repository = self.repositories.setdefault(repo_id, Repository())
@@ -106,18 +147,33 @@ class HubServer:
         }
         return self.push(repo_id, files, **options)
 
-    def find(self, digest: str) -> bytes | None:
+    def files(self, repo_id: str, branch: str = "main") -> dict[str, Content]:
+        """What a branch holds."""
+        repository = self.repositories[repo_id]
+        return repository.commits[repository.refs[branch]]
+
+    def find(self, digest: str) -> Content | None:
         """The content of a large file."""
+        if digest in self.objects:
+            return self.objects[digest]
         for repository in self.repositories.values():
             for files in repository.commits.values():
                 for content in files.values():
-                    if hashlib.sha256(content).hexdigest() == digest:
+                    if sha256_of(content) == digest:
                         return content
         return None
 
     def asked(self, method: str, part: str = "") -> list[Request]:
         """The requests of a method whose path has a part."""
         return [one for one in self.requests if one.method == method and part in one.path]
+
+    def misbehaves(self) -> int | None:
+        """The status to answer with instead, this once."""
+        if self.status is not None and self.num_status is not None:
+            if self.num_status == 0:
+                return None
+            self.num_status -= 1
+        return self.status
 
 
 @contextlib.contextmanager
@@ -131,7 +187,9 @@ def serving(monkeypatch: Any) -> Iterator[HubServer]:
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(_Handler):
+    from tests.hub_uploads import Uploads
+
+    class Handler(Uploads, _Handler):
         pass
 
     Handler.hub = hub
@@ -151,26 +209,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def _answer(self) -> None:
+    def _note(self) -> str:
+        """Write the request down; its path."""
         path = unquote(urlsplit(self.path).path)
         port = self.server.server_address[1]
         self.hub.requests.append(Request(self.command, path, int(port), dict(self.headers)))
-        if self.hub.status is not None:
-            self._send(self.hub.status, b"", {"Retry-After": "0"})
+        return path
+
+    def _answer(self) -> None:
+        path = self._note()
+        status = self.hub.misbehaves()
+        if status is not None:
+            self._send(status, b"", {"Retry-After": self.hub.retry_after})
         elif match := re.fullmatch(r"/store/([0-9a-f]{64})", path):
             content = self.hub.find(match[1])
             assert content is not None
             self._send_file(content, {"ETag": f'"{match[1]}"'})
-        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/(.+?)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
             self._resolve(*match.groups())
-        elif match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/]+)", path):
+        elif match := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
             self._describe(*match.groups())
+        elif match := re.fullmatch(r"/api/models/(.+?)/tree/(refs/pr/\d+|[^/]+)/?(.*)", path):
+            self._list(*match.groups())
         elif match := re.fullmatch(r"/api/models/(.+)", path):
-            self._describe(match[1], "revision", "main")
+            self._describe(match[1], "main")
         else:
             self._send(404, b"", {})
 
-    def _commit(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def _commit(self, repo_id: str, revision: str) -> tuple[str, dict[str, Content]] | None:
         """The commit and its files; None after the refusal was sent."""
         repository = self.hub.repositories.get(repo_id)
         sent = self.headers.get("authorization", "")
@@ -201,9 +267,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[name]
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not name.endswith(LFS_SUFFIXES):
-            self._send_file(content, headers | {"ETag": f'"{_blob_id(content)}"'})
+            assert isinstance(content, bytes)
+            self._send_file(content, headers | {"ETag": f'"{blob_id(content)}"'})
             return
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256_of(content)
         headers |= {
             "X-Linked-Etag": f'"{digest}"',
             "X-Linked-Size": str(len(content)),
@@ -211,19 +278,49 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._send(302, b"", headers)
 
-    def _describe(self, repo_id: str, what: str, revision: str) -> None:
+    def _describe(self, repo_id: str, revision: str) -> None:
         found = self._commit(repo_id, revision)
         if found is None:
             return
         commit, files = found
-        if what == "tree":
-            answer: Any = [_entry(name, content) for name, content in files.items()]
-        else:
-            siblings = [{"rfilename": name} for name in files]
-            answer = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
-        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        siblings = [{"rfilename": name} for name in files]
+        self._send_json({"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings})
 
-    def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
+    def _list(self, repo_id: str, revision: str, folder: str) -> None:
+        found = self._commit(repo_id, revision)
+        if found is None:
+            return
+        query = parse_qs(urlsplit(self.path).query)
+        start = f"{folder}/" if folder else ""
+        below = {name: one for name, one in found[1].items() if name.startswith(start)}
+        if not below and folder:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+            return
+        entries: dict[str, Any] = {}
+        for name, content in below.items():
+            *folders, last = name.removeprefix(start).split("/")
+            for depth in range(1, len(folders) + 1):
+                path = start + "/".join(folders[:depth])
+                entries[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+            entries[start + "/".join([*folders, last])] = _entry(name, content)
+        if query.get("recursive") != ["true"]:
+            entries = {one: e for one, e in entries.items() if "/" not in one.removeprefix(start)}
+        at = int(query.get("cursor", ["0"])[0])
+        page = list(entries.values())[at : at + self.hub.page]
+        headers = {}
+        if at + self.hub.page < len(entries):
+            flag = query.get("recursive", ["false"])[0]
+            url = f"{self.hub.endpoint}{urlsplit(self.path).path}"
+            headers["Link"] = f'<{url}?recursive={flag}&cursor={at + self.hub.page}>; rel="next"'
+        self._send_json(page, headers)
+
+    def _send_json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+        told = {"Content-Type": "application/json", **(headers or {})}
+        self._send(200, json.dumps(value).encode(), told)
+
+    def _send_file(self, content: Content, headers: dict[str, str]) -> None:
+        if self.hub.changes_etag:
+            headers = headers | {"ETag": f'"{len(self.hub.requests)}"'}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
         if asked is None or self.hub.ignore_ranges:
             self._send(200, content, headers)
@@ -235,37 +332,49 @@ class _Handler(BaseHTTPRequestHandler):
         told = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
         self._send(206, content[first : last + 1], headers | told)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _send(self, status: int, body: Content, headers: dict[str, str]) -> None:
         self.send_response(status)
+        headers = {**headers, "Content-Length": str(len(body))}
+        lies = self.hub.lie if status in (200, 206, 302) and "/api/" not in self.path else {}
         for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+            self.send_header(name, lies.get(name, value))
         self.end_headers()
         if self.command == "HEAD":
             return
-        dropped, self.hub.drop_after = self.hub.drop_after, None
-        if dropped is None:
-            self.wfile.write(body)
-        else:
-            self.wfile.write(body[:dropped])
+        if self.hub.drop_after is not None and self.hub.drops and len(body) > self.hub.drop_after:
+            self.hub.drops -= 1
+            self.wfile.write(body[: self.hub.drop_after])
             self.close_connection = True
+            return
+        if "Content-Length" in lies:
+            self.close_connection = True
+        for at in range(0, len(body), 1 << 20):
+            try:
+                self.wfile.write(body[at : at + (1 << 20)])
+            except OSError:  # whoever asked has heard enough
+                self.close_connection = True
+                return
 
 
-def _blob_id(content: bytes) -> str:
+def sha256_of(content: Content) -> str:
+    """The digest of a file; of a hollow one, of what is written down of it."""
+    if isinstance(content, Hollow):
+        content = content.head + content.tail + str(content.size).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def blob_id(content: bytes) -> str:
+    """Git's name for a small file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _entry(name: str, content: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "type": "file",
-        "path": name,
-        "size": len(content),
-        "oid": _blob_id(content),
-    }
+def _entry(name: str, content: Content) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
     if name.endswith(LFS_SUFFIXES):
-        entry["lfs"] = {
-            "oid": hashlib.sha256(content).hexdigest(),
-            "size": len(content),
-            "pointerSize": 130,
-        }
+        digest = sha256_of(content)
+        entry["oid"] = hashlib.sha1(digest.encode()).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+    else:
+        assert isinstance(content, bytes)
+        entry["oid"] = blob_id(content)
     return entry

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.errors import CkptError, Finding, FormatError
 from flamingo_ckpt.formats.safetensors import parse_json_object
-from flamingo_ckpt.formats.source import FileSource
 from flamingo_ckpt.layouts.detect import Detection, detect
 from flamingo_ckpt.layouts.layout import BASE_OF_GROUP, group_of
 from flamingo_ckpt.layouts.mapping import (
@@ -97,18 +95,20 @@ class Side:
             return False
         if not layout.hf_config:
             return True
-        if PARTIAL_KEY in self.manifest.metadata or self.manifest.folder is None:
+        if PARTIAL_KEY in self.manifest.metadata:
             return True
-        return _says_partial(os.path.join(self.manifest.folder, "config.json"))
+        return _says_partial(self.manifest)
 
 
-def _says_partial(path: str) -> bool:
+def _says_partial(manifest: Manifest) -> bool:
     """Whether a folder's config is marked partial, or is not there to claim a whole model."""
+    source = manifest.open_beside("config.json")
+    if source is None:
+        return True
     try:
-        source = FileSource(path)
-        config = parse_json_object(source.read(0, min(source.size, _MAX_CONFIG_BYTES)), path)
-    except CkptError:
-        return not os.path.isfile(path)
+        config = parse_json_object(source.read(0, min(source.size, _MAX_CONFIG_BYTES)), source.name)
+    except FormatError:
+        return False
     mark = config.get("flamingo_ckpt")
     return isinstance(mark, dict) and mark.get("partial") is True
 

@@ -74,13 +74,29 @@ def sort_files(folder: str, weights: set[str], skip: str = "") -> FolderFiles:
             left.append((relative, "not a regular file"))
         elif suffix in _CODE_SUFFIXES or suffix in _PICKLE_SUFFIXES:
             code.append(relative)
-        elif suffix in _CARRIED_SUFFIXES or _stem(name) in _CARRIED_NAMES:
+        elif is_carried(name):
             (code if _is_pickle(path) else carried).append(relative)
         else:
             left.append((relative, "not a config, tokenizer, processor or card"))
     for relative in (*carried, *code):
         check_contained(folder, os.path.join(folder, relative))
     return FolderFiles(carried=tuple(carried), code=tuple(code), left=tuple(left))
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file is data that a reader of a release needs, by its name."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in _CARRIED_SUFFIXES or _stem(name) in _CARRIED_NAMES
+
+
+def is_code(name: str) -> bool:
+    """Whether a file is a program, by its name."""
+    return os.path.splitext(name)[1].lower() in _CODE_SUFFIXES
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file is of a kind that is a pickle or holds one, by its name."""
+    return os.path.splitext(name)[1].lower() in _PICKLE_SUFFIXES
 
 
 def _stem(name: str) -> str:

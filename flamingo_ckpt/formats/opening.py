@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
+from flamingo_ckpt import hub
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats.safetensors import looks_like_safetensors, read_safetensors
 from flamingo_ckpt.formats.source import FileSource
 from flamingo_ckpt.formats.zip_archive import LOCAL_MAGIC
-from flamingo_ckpt.tensors import ByteSource, Manifest
+from flamingo_ckpt.tensors import ByteSource, Manifest, escape
 
 # (offset, bytes, what it is, the way on): containers that are recognised and refused.
 _KNOWN: tuple[tuple[int, bytes, str, str], ...] = (
@@ -51,7 +53,8 @@ def open_checkpoint(
     """The manifest of a file, a folder or an index; no tensor data is read.
 
     Args:
-        path: file, folder, or `*.index.json`.
+        path: file, folder, or `*.index.json`; or `hf://OWNER/NAME[@REVISION][/PATH]`, of which
+            the headers alone are read, by ranges, and nothing else is downloaded.
         wrapper_key: take the weights under this key of a torch file.
         npy_bfloat16: read 2-byte void elements of numpy files as bfloat16.
 
@@ -63,18 +66,26 @@ def open_checkpoint(
         >>> manifest.format
         'safetensors'
     """
+    if isinstance(path, hub.LocalCopy):
+        copy = open_checkpoint(str(path), wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
+        cost = path.remote
+        return replace(copy, uri=path.uri, remote=lambda: cost)
+    if hub.is_uri(path):
+        from flamingo_ckpt.formats.remote import open_on_hub
+
+        return open_on_hub(path, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
     if "://" in path:
         raise CkptError(
-            f"`{path}` is an address: only local files and folders are read",
+            f"`{escape(path)}` is an address that is not read",
             code="FC002",
-            hint="download it first, then name the file or folder",
+            hint="`hf://OWNER/NAME` is; download others first, then name the file or folder",
         )
     if os.path.isdir(path):
         from flamingo_ckpt.formats.sharded import open_folder
 
         return open_folder(path, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
     source = FileSource(path)
-    if _is_index(source):
+    if is_index(source):
         from flamingo_ckpt.formats.sharded import open_index
 
         return open_index(path, wrapper_key=wrapper_key, npy_bfloat16=npy_bfloat16)
@@ -160,7 +171,7 @@ def _unknown(head: bytes) -> CkptError:
     )
 
 
-def _is_index(source: FileSource) -> bool:
+def is_index(source: ByteSource) -> bool:
     """An index is JSON with a weight map; its name is only looked at to tell a broken one."""
     if source.size > 256 << 20 or source.size < 2:
         return False

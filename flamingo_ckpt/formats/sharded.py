@@ -10,14 +10,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, Finding, FormatError, UnsafeError, name_some
 from flamingo_ckpt.formats.opening import read_source
+from flamingo_ckpt.formats.place import Folder, LocalFolder, beside, cost_of
 from flamingo_ckpt.formats.safetensors import ALIASES_KEY, parse_json_object
-from flamingo_ckpt.formats.source import FileSource, check_contained
-from flamingo_ckpt.tensors import Beside, Manifest, TensorInfo, distinct, escape, has_control
+from flamingo_ckpt.formats.source import FileSource
+from flamingo_ckpt.tensors import (
+    Beside,
+    ByteSource,
+    Manifest,
+    TensorInfo,
+    distinct,
+    escape,
+    has_control,
+)
 
 _MAX_INDEX_BYTES = 256 << 20
 # In the order in which transformers looks for them.
@@ -29,10 +39,12 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".np
 _NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter|trainer_state).*"
 )
+# Of files on the hub, whose headers are read by one request each.
+_NUM_THREADS = 4
 
 
 def open_folder(
-    folder: str, *, wrapper_key: str | None = None, npy_bfloat16: bool = False
+    folder: str | Folder, *, wrapper_key: str | None = None, npy_bfloat16: bool = False
 ) -> Manifest:
     """The manifest of a folder.
 
@@ -40,29 +52,33 @@ def open_folder(
         CkptError: FC001 nothing to read, FC207 several candidates; else what its files raise.
     """
     options: dict[str, Any] = {"wrapper_key": wrapper_key, "npy_bfloat16": npy_bfloat16}
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CkptError(
-            f"cannot list `{folder}`: {error.strerror}", code="FC002", where=folder
-        ) from error
+    place = LocalFolder(folder) if isinstance(folder, str) else folder
+    index, files = choose_files(place)
+    if index is not None:
+        return open_index_in(place, index, options)
+    return _gather(place, files, options)
+
+
+def choose_files(folder: Folder) -> tuple[str | None, list[str]]:
+    """What of a folder is read: the name of an index, or the names of files without one.
+
+    Raises:
+        CkptError: FC001 nothing to read, FC207 several candidates.
+    """
+    names = folder.names()
     for single, index in zip(_SINGLE_FILES, _INDEXES, strict=True):
-        if single in names and index in names and single not in _shards_named(folder, index):
+        if single in names and index in names and single not in shards_in(folder, index):
             raise CkptError(
                 f"the folder has both `{single}` and `{index}`",
                 code="FC207",
-                where=folder,
+                where=folder.name,
                 hint="name the one you mean",
             )
         if index in names:
-            return open_index(os.path.join(folder, index), **options)
+            return index, []
         if single in names:
-            return _gather(folder, [single], options)
-    return _gather(folder, _find_unindexed(folder, names), options)
-
-
-def _shards_named(folder: str, index: str) -> set[str]:
-    return set(shards_of(os.path.join(folder, index)))
+            return None, [single]
+    return None, _find_unindexed(folder, names)
 
 
 def open_index(
@@ -74,11 +90,28 @@ def open_index(
         FormatError: FC107 where index and shards disagree.
         UnsafeError: FC503 where a shard lies elsewhere.
     """
-    weight_map, metadata = _read_index(path)
-    folder = os.path.dirname(path) or "."
-    shards = sorted(set(weight_map.values()))
+    folder, name = os.path.split(path)
     options: dict[str, Any] = {"wrapper_key": wrapper_key, "npy_bfloat16": npy_bfloat16}
-    missing = [shard for shard in shards if not os.path.lexists(os.path.join(folder, shard))]
+    return open_index_in(LocalFolder(folder or "."), name, options, uri=path)
+
+
+def open_index_in(
+    folder: Folder, name: str, options: Mapping[str, Any], uri: str | None = None
+) -> Manifest:
+    """The same for an index in any folder.
+
+    Args:
+        folder: that it lies in.
+        name: of the index.
+        options: the further arguments of `open_index`.
+        uri: what to call it; by default its name after the folder's.
+    """
+    # an index itself may be a link to anywhere: the user named it, or its folder
+    source = folder.open(name) if folder.is_remote else FileSource(uri or folder.join(name))
+    path = uri or folder.join(name)
+    weight_map, metadata = _read_index(source)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not folder.exists(shard)]
     if missing:
         raise FormatError(
             f"the index names {len(missing)} files that are not there: "
@@ -90,12 +123,12 @@ def open_index(
     manifest = _gather(folder, shards, options)
     _cross_check(weight_map, manifest, path)
     findings = [*manifest.findings, *_check_total(metadata, manifest)]
-    details = {**manifest.details, "index": os.path.basename(path)}
+    details = {**manifest.details, "index": name}
     return replace(manifest, uri=path, findings=tuple(findings), details=details)
 
 
-def _read_index(path: str) -> tuple[dict[str, str], Mapping[str, Any]]:
-    source = FileSource(path)
+def _read_index(source: ByteSource) -> tuple[dict[str, str], Mapping[str, Any]]:
+    path = source.name
     if source.size > _MAX_INDEX_BYTES:
         raise FormatError("the index is too large", code="FC111", where=path)
     parsed = parse_json_object(source.read(0, source.size), path)
@@ -126,7 +159,13 @@ def shards_of(index: str) -> list[str]:
         FormatError: FC101, FC111 where it is no index.
         UnsafeError: FC503 for a file elsewhere.
     """
-    return sorted(set(_read_index(index)[0].values()))
+    return sorted(set(_read_index(FileSource(index))[0].values()))
+
+
+def shards_in(folder: Folder, index: str) -> list[str]:
+    """The same for an index in any folder."""
+    source = folder.open(index) if folder.is_remote else FileSource(folder.join(index))
+    return sorted(set(_read_index(source)[0].values()))
 
 
 def _is_plain_name(name: str) -> bool:
@@ -139,20 +178,20 @@ def _is_plain_name(name: str) -> bool:
     )
 
 
-def _find_unindexed(folder: str, names: list[str]) -> list[str]:
+def _find_unindexed(folder: Folder, names: list[str]) -> list[str]:
     """Files to take from a folder without index: one file, or one complete numbered set."""
     files = [
         name
         for name in names
         if name.endswith(_WEIGHT_SUFFIXES)
         and not _NOT_WEIGHTS.fullmatch(name)
-        and os.path.isfile(os.path.join(folder, name))
+        and folder.is_file(name)
     ]
     if any(name.endswith(".distcp") for name in names):
         raise CkptError(
             "it is a distributed checkpoint (torch.distributed.checkpoint), which is not read yet",
             code="FC112",
-            where=folder,
+            where=folder.name,
             hint="python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt",
         )
     safetensors = [name for name in files if name.endswith(".safetensors")]
@@ -162,7 +201,7 @@ def _find_unindexed(folder: str, names: list[str]) -> list[str]:
             "the folder holds no checkpoint"
             + (f"; it holds {name_some([escape(name) for name in names])}" if names else ""),
             code="FC001",
-            where=folder,
+            where=folder.name,
             hint="name the file itself if it has an unusual name",
         )
     if len(files) == 1 and not _NUMBERED.fullmatch(files[0]):
@@ -170,14 +209,14 @@ def _find_unindexed(folder: str, names: list[str]) -> list[str]:
     numbered = [match for name in files if (match := _NUMBERED.fullmatch(name))]
     sets = {(match["stem"], match["count"], match["suffix"]) for match in numbered}
     if len(numbered) == len(files) and len(sets) == 1:
-        _require_complete(folder, numbered)
+        _require_complete(folder.name, numbered)
         return files
     if safetensors and not numbered:
         return files  # shards by any other name: that no key is in two of them is checked below
     raise CkptError(
         f"the folder holds several checkpoints: {name_some([escape(name) for name in files])}",
         code="FC207",
-        where=folder,
+        where=folder.name,
         hint="name the one you mean",
     )
 
@@ -196,13 +235,17 @@ def _require_complete(folder: str, numbered: list[re.Match[str]]) -> None:
         )
 
 
-def _gather(folder: str, shards: list[str], options: dict[str, Any]) -> Manifest:
-    parts = []
-    for shard in shards:
-        path = os.path.join(folder, shard)
-        check_contained(folder, path)
-        parts.append((shard, read_source(FileSource(path), **options)))
-    return _merge(folder, parts)
+def _gather(folder: Folder, shards: list[str], options: Mapping[str, Any]) -> Manifest:
+    def read(shard: str) -> tuple[str, Manifest]:
+        return shard, read_source(folder.open(shard), **options)
+
+    if folder.is_remote and len(shards) > 1:
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            parts = list(threads.map(read, shards))
+    else:
+        parts = [read(shard) for shard in shards]
+    manifest = _merge(folder.name, parts)
+    return replace(manifest, folder=folder.path, open_beside=beside(folder), remote=cost_of(folder))
 
 
 def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
@@ -255,7 +298,6 @@ def _merge(folder: str, parts: list[tuple[str, Manifest]]) -> Manifest:
         beside=tuple(beside),
         findings=tuple(findings),
         details=parts[0][1].details if len(parts) == 1 else {"shards": len(parts)},
-        folder=folder,
         sources=tuple(source for _, part in parts for source in part.sources),
         check=check,
     )

@@ -27,7 +27,7 @@ from flamingo_ckpt.models.check_config import (
 from flamingo_ckpt.models.families import FAMILIES
 from flamingo_ckpt.models.fields import Fields
 from flamingo_ckpt.models.presets import PRESETS
-from flamingo_ckpt.tensors import escape
+from flamingo_ckpt.tensors import ByteSource, Manifest, escape
 
 MODEL_PREFIX: Final = "model:"
 _CONFIG_NAMES = ("config.json", "open_clip_config.json")
@@ -60,17 +60,20 @@ def read_config(uri: str) -> ModelConfig:
     """The model that a config file, a folder with one, or a preset describes.
 
     Args:
-        uri: a path, or a name from `PRESETS`; `model:` may stand before either. A preset wins over
-            a path of the same name, which can be written `./NAME`.
+        uri: a path, `hf://OWNER/NAME[@REVISION][/PATH]`, or a name from `PRESETS`; `model:` may
+            stand before each. A preset wins over a path of the same name, which can be written
+            `./NAME`. Of what is on the hub `where` is the address at the commit that was read.
 
     Raises:
         CkptError: FC404 where there is no such model, FC401 to FC403 and FC405 for what is wrong
-            with its config.
+            with its config; what the hub raises.
     """
     name = uri.removeprefix(MODEL_PREFIX)
     preset = PRESETS.get(name)
     if preset is not None:
         return parse_config(preset.config, MODEL_PREFIX + name, layout=preset.layout)
+    if name.startswith("hf://"):
+        return _config_on_hub(name)
     path = _config_path(name)
     return parse_config(_load(path), path)
 
@@ -91,6 +94,39 @@ def config_in(folder: str) -> ModelConfig:
         CkptError: as `read_config`.
     """
     return read_config(os.path.abspath(folder))
+
+
+def _config_on_hub(uri: str) -> ModelConfig:
+    from flamingo_ckpt.formats.remote import open_file_on_hub
+
+    found = open_file_on_hub(uri, _CONFIG_NAMES)
+    if found is None:
+        raise CkptError("the repository has no config.json there", code="FC404", where=uri)
+    source, where = found
+    return config_of(source, where)
+
+
+def config_beside(manifest: Manifest) -> ModelConfig | None:
+    """The model that the config in a checkpoint's folder describes; None where there is none.
+
+    Raises:
+        CkptError: as `read_config`, for what is wrong with it.
+    """
+    for name in _CONFIG_NAMES:
+        source = manifest.open_beside(name)
+        if source is not None:
+            return config_of(source, source.name)
+    return None
+
+
+def config_of(source: ByteSource, where: str) -> ModelConfig:
+    """The model that a config describes, wherever it is read from.
+
+    Raises:
+        CkptError: as `read_config`.
+    """
+    raw = source.read(0, min(source.size, _MAX_BYTES + 1))
+    return parse_config(_parse(raw, where), where)
 
 
 def parse_config(mapping: object, where: str, *, layout: str | None = None) -> ModelConfig:
@@ -210,6 +246,10 @@ def _load(path: str) -> Any:
         raise CkptError(
             f"cannot read the config: {error.strerror}", code="FC404", where=path
         ) from error
+    return _parse(raw, path)
+
+
+def _parse(raw: bytes, path: str) -> Any:
     if len(raw) > _MAX_BYTES:
         raise CkptError(f"the config is larger than {_MAX_BYTES} bytes", code="FC401", where=path)
     try:
