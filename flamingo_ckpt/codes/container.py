@@ -153,4 +153,25 @@ CODES = (
         hint="Compare the file with a published digest (`sha256sum`), if there is one. In a "
         "converted release `flamingo-ckpt manifest` writes digests of every file and tensor.",
     ),
+    Code(
+        "FC115",
+        "warning",
+        "file mode",
+        meaning="A file of the release cannot be read by everybody, or a file of data can be "
+        "executed. Archives, mirrors and containers carry modes along, and whoever unpacks "
+        "them as another user gets `Permission denied`. `safetensors.save_file` leaves such "
+        "modes (0600).",
+        hint="`chmod 644 FILE`, or `flamingo-ckpt check DIR --fix --yes`.",
+    ),
+    Code(
+        "FC116",
+        "warning",
+        "stray file",
+        meaning="The folder has a file that is no part of a release: something that an editor, "
+        "a system or a training run left behind, an empty file, or weights that the index does "
+        "not name. An upload takes all of it.\n\nWeights that nobody reads are an error and "
+        "not only untidy: loaders choose by file name, and one of them will take the stale "
+        "shard or the other format.",
+        hint="Remove it. If it belongs there, waive it with its path as the key.",
+    ),
 )

@@ -107,4 +107,14 @@ CODES = (
         hint="Give the file that `--output report.json` or `--json` wrote, whole and unedited. "
         "`report schema` prints what a report has to look like.",
     ),
+    Code(
+        "FC012",
+        "error",
+        "optional package missing",
+        meaning="The verb needs a package that is not installed with flamingo-ckpt, because "
+        "most people never need it. Nothing was done without it, and nothing was taken for "
+        "done.",
+        hint="Install the extra that the message names, such as `pip install "
+        "'flamingo-ckpt[sign]'`.",
+    ),
 )

@@ -68,4 +68,57 @@ CODES = (
         hint="`flamingo-ckpt convert SRC DST` writes the weights alone. Before publishing a `.pt`, "
         "leave such objects out.",
     ),
+    Code(
+        "FC507",
+        "warning",
+        "pickle in the release",
+        meaning="A file of the release is a pickle. Loading a pickle can run any program that "
+        "its author put in; scanners look for known patterns and are bypassed every month. "
+        "flamingo-ckpt reads them without executing anything, but those who download the "
+        "release have other tools. Beside safetensors it is an error: a pickle that nobody "
+        "needs is only a risk.",
+        hint="`flamingo-ckpt convert FILE OUT/` writes the same weights as safetensors. Remove "
+        "training arguments, optimizer states and the like.",
+    ),
+    Code(
+        "FC508",
+        "warning",
+        "code in the release",
+        meaning="The release has Python files, notebooks, scripts or programs, or a config "
+        "whose `auto_map` names classes to be fetched and run. Whoever loads it with "
+        "`trust_remote_code=True` runs that code, in the version that is there on that day. An "
+        "`auto_map` into another repository runs what somebody else can change, and is an "
+        "error, as programs are.",
+        hint="Leave it out where transformers has the class itself. Otherwise review the code, "
+        "pin the revision, and waive the finding with an owner and an end date.",
+    ),
+    Code(
+        "FC509",
+        "error",
+        "looks like a secret",
+        meaning="A text file or the metadata of the weights holds something in the form of a "
+        "token, a key or a password. What was public once stays public: bots read new uploads "
+        "within minutes, and deleting the file leaves it in the history. The report shows only "
+        "its first characters.",
+        hint="Revoke it where it was issued, then remove it. If it is no secret, waive it with "
+        "the file as the key.",
+    ),
+    Code(
+        "FC510",
+        "warning",
+        "symbolic link",
+        meaning="The entry is a link and not a file. An upload puts the content of its target "
+        "there, or fails; copies and archives may keep a link to nothing.",
+        hint='Put the file itself there: `cp --remove-destination "$(readlink -f FILE)" FILE`.',
+    ),
+    Code(
+        "FC511",
+        "warning",
+        "path of a machine",
+        meaning="A config, a card or the metadata of the weights names an absolute path of the "
+        "machine that it was made on, often with the name of a user. It tells strangers about "
+        "your systems, and loaders that follow it (`_name_or_path`) look for something that is "
+        "not there.",
+        hint="Replace it by the id of a repository, or remove the field.",
+    ),
 )

@@ -88,4 +88,63 @@ CODES = (
         hint="If the bytes are masks, write them again with `tensor != 0` where they were made; no "
         "weight is affected.",
     ),
+    Code(
+        "FC351",
+        "warning",
+        "gate exactly 0",
+        meaning="The gates of gated cross-attention begin at 0 and training moves them away "
+        "from it. A gate of exactly 0 means that its layer adds nothing to the language model, "
+        "whatever its weights are. One or two may be meant; if all are 0 (then it is an "
+        "error), the model does not see its pictures: it was saved before training, or its "
+        "gates were never loaded.",
+        hint="Look whether this is the trained checkpoint, and load it with a loader that "
+        "raises for missing keys before saving it.",
+    ),
+    Code(
+        "FC352",
+        "error",
+        "NaN or infinity",
+        meaning="The tensor has elements that are no finite numbers. What is computed with "
+        "them is NaN from that layer on, for every input that reaches it. It comes from "
+        "training that diverged, from an overflow in a cast to float16, or from a damaged file "
+        "without checksum.",
+        hint="Take an earlier checkpoint. For an overflow in a cast: convert again with "
+        "`--dtype bfloat16` or `keep`. A buffer that is NaN on purpose can be waived by its "
+        "key.",
+    ),
+    Code(
+        "FC353",
+        "warning",
+        "still at its initial constants",
+        meaning="Every element of the tensor has one and the same value, as a constructor "
+        "leaves it: a norm of ones, a bias of zeros, a matrix of zeros. In a part that was "
+        "trained that does not happen. It is what a key looks like that was missing when the "
+        "model was loaded with `strict=False` and saved again.",
+        hint="Compare with the checkpoint that it was made from: `flamingo-ckpt diff SOURCE "
+        "RELEASE --level bits`. If the part was frozen at its start, waive it by a glob.",
+    ),
+    Code(
+        "FC354",
+        "error",
+        "two tensors equal that should differ",
+        meaning="Two tensors that are stored by themselves, of the same shape, have the same "
+        "bits and are not constant. Two layers that were trained never agree in every bit, so "
+        "one was written in the place of the other: by a loop over layers that kept the last "
+        "one, by a rename that met two keys, by a wrong index. Tensors that are one by design, "
+        "such as a tied head and embedding, are not told.",
+        hint="Convert again from the source, and compare with `verify`. Layers that were "
+        "copied on purpose can be waived.",
+    ),
+    Code(
+        "FC355",
+        "warning",
+        "norm out of family",
+        meaning="The root mean square of the tensor is far from that of the same tensor in the "
+        "other layers: more than 30 times, or 900 times for vectors, above or below their "
+        "median. Layers of one model differ, but not by that. It is a scale that was applied "
+        "twice or not at all, a tensor of another kind under this name, or a layer that "
+        "training blew up.",
+        hint="Look at the tensor in the source. `norm_factor` under `[policy.tolerance]` sets "
+        "how far is far.",
+    ),
 )

@@ -56,9 +56,9 @@ def cast_block(block: memoryview, src: DType, dst: DType, counts: CastCounts) ->
         if fast is not None:
             return fast
     with numpy.errstate(over="ignore", invalid="ignore", under="ignore"):
-        wide = _widen(block, src.name)
+        wide = widen(block, src.name)
         out = _narrow(wide, dst.name)
-        back = _widen(memoryview(out.view("u1")), dst.name)  # type: ignore[arg-type]
+        back = widen(memoryview(out.view("u1")), dst.name)  # type: ignore[arg-type]
         _count(wide, back, counts)
     return memoryview(out.view("u1"))  # type: ignore[arg-type]
 
@@ -103,7 +103,7 @@ def _count(wide: Array, back: Array, counts: CastCounts) -> None:
     counts.underflowed += int(((after == 0) & ~nan_before).sum())
 
 
-def _widen(block: memoryview, name: str) -> Array:
+def widen(block: memoryview, name: str) -> Array:
     """The exact values, as float64 for F64 and float32 for everything else."""
     import numpy
 

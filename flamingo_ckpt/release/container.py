@@ -1,0 +1,120 @@
+"""Container: the bytes are what their formats ask for, and nothing else lies in the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.release.folder import ReleaseFile
+from flamingo_ckpt.release.result import Outcome, failed
+from flamingo_ckpt.release.subject import Subject
+from flamingo_ckpt.tensors import escape
+
+_CODES = ("FC1", "FC202", "FC207")
+#: Everybody may read a published file.
+_READABLE = 0o444
+_EXECUTABLE = 0o111
+
+
+def check_container(subject: Subject) -> Outcome:
+    """Structure of the checkpoint, its index, modes of the files, stray files."""
+    findings = [*_modes(subject), *_strays(subject)]
+    manifest = subject.manifest
+    if manifest is None:
+        error = subject.unreadable
+        assert error is not None
+        outcome = failed("container", error)
+        return Outcome(
+            name="container",
+            sentence=outcome.sentence,
+            findings=(*outcome.findings, *findings),
+        )
+    try:
+        manifest.check()
+    except CkptError as error:
+        findings.append(error.as_finding())
+    findings += [one for one in manifest.findings if one.code.startswith(_CODES)]
+    if subject.unreadable is not None:  # it was read, and its names make no checkpoint
+        findings.append(subject.unreadable.as_finding())
+    count = len(manifest.files)
+    told = [
+        f"{count} {'file' if count == 1 else 'files'} of {manifest.format}, no holes, no overlaps"
+    ]
+    if manifest.details.get("index"):
+        told.append("index and headers agree")
+    told.append(f"{len(subject.files)} entries in all")
+    return Outcome(
+        name="container",
+        sentence=", ".join(told)
+        if not findings
+        else f"{len(manifest.tensors)} tensors in " + told[0].partition(",")[0],
+        findings=tuple(findings),
+    )
+
+
+def _modes(subject: Subject) -> Iterator[Finding]:
+    for file in subject.files:
+        if not file.is_regular or file.is_link:
+            continue
+        wrong = wanted_mode(file)
+        if wrong is None:
+            continue
+        what = (
+            "not everybody may read it"
+            if file.mode & _READABLE != _READABLE
+            else "it can be executed"
+        )
+        yield Finding(
+            code="FC115",
+            severity="warning",
+            key=file.path,
+            detail=f"`{escape(file.path)}` has mode {file.mode:04o}: {what}",
+            hint=f"chmod {wrong:o}; `check --fix --yes` does it",
+            data={"file": file.path},
+        )
+
+
+def wanted_mode(file: ReleaseFile) -> int | None:
+    """The mode that a file should have, or None where it has it. Scripts may be executed."""
+    mode = file.mode | _READABLE
+    if not file.is_code:
+        mode &= ~_EXECUTABLE
+    return None if mode == file.mode else mode
+
+
+def _strays(subject: Subject) -> Iterator[Finding]:
+    read = subject.read_files
+    for file in subject.files:
+        if not file.is_regular:
+            if not file.is_link:
+                yield _stray(file, "error", "is neither a file nor a folder", "remove it")
+            continue
+        if file.path in read:
+            continue
+        if file.num_bytes == 0 and file.name not in (".gitkeep", "__init__.py"):
+            yield _stray(file, "warning", "is empty", "remove it, or write it again")
+        elif file.is_leftover:
+            yield _stray(
+                file,
+                "warning",
+                "was left behind by a tool and is no part of a release",
+                "remove it",
+            )
+        elif file.is_weights and subject.manifest is not None and "/" not in file.path:
+            yield _stray(
+                file,
+                "error",
+                "looks like weights, and is not among those that a loader of the folder reads",
+                "remove it, or name it in the index: some loaders take it instead",
+            )
+
+
+def _stray(file: ReleaseFile, severity: str, what: str, hint: str) -> Finding:
+    return Finding(
+        code="FC116",
+        severity=severity,
+        key=file.path,
+        detail=f"`{escape(file.path)}` {what}",
+        hint=hint,
+        data={"file": file.path},
+    )

@@ -1,0 +1,218 @@
+"""Manifest: SHA-256 of every file, in the form that `sha256sum -c` reads, and of every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flamingo_ckpt import __version__
+from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.plan import Step
+from flamingo_ckpt.release.folder import read_text
+from flamingo_ckpt.release.result import FileFact, Outcome, failed, skipped
+from flamingo_ckpt.release.subject import Subject
+from flamingo_ckpt.stream import Derived, OnBytes, check_unchanged, derive, run_tasks
+from flamingo_ckpt.tensors import Manifest, distinct, escape, has_control
+
+SUMS_NAME: Final = "SHA256SUMS"
+TENSORS_NAME: Final = "manifest.json"
+#: What is made after the sums, or holds them.
+SIGNATURE_NAMES: Final = ("model.sig", "SHA256SUMS.sig")
+_LINE: Final = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFact:
+    """A tensor: name, dtype, shape, and SHA-256 of its bytes, row-major and little-endian."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def tensor_digests(manifest: Manifest, on_bytes: OnBytes = lambda _: None) -> list[TensorFact]:
+    """The SHA-256 of every tensor, by name; tied names have the same one.
+
+    Raises:
+        CkptError: where the checkpoint cannot be read or changes meanwhile.
+    """
+    steps = [
+        Step(source=tensor, name=tensor.name, dtype=tensor.dtype)
+        for tensor in distinct(manifest.tensors)
+    ]
+
+    def work(step: Step, buffer: bytearray, stop: threading.Event) -> str:
+        digest = hashlib.sha256()
+        for block in derive(step, buffer, Derived()):
+            digest.update(block)
+            on_bytes(len(block))
+            if stop.is_set():
+                break
+        return digest.hexdigest()
+
+    digests = dict(
+        zip((step.source.identity for step in steps), run_tasks(steps, work), strict=True)
+    )
+    check_unchanged(manifest)
+    return [
+        TensorFact(
+            name=tensor.name,
+            dtype=tensor.dtype.name,
+            shape=tensor.shape,
+            sha256=digests[tensor.identity],
+        )
+        for tensor in sorted(manifest.tensors, key=lambda one: one.name)
+    ]
+
+
+def is_covered(path: str) -> bool:
+    """Whether a file of the folder is one that the sums are of."""
+    return path not in (SUMS_NAME, *SIGNATURE_NAMES)
+
+
+def sums_text(files: Sequence[FileFact]) -> str:
+    """What `sha256sum -c` reads.
+
+    Raises:
+        CkptError: FC505 for a name with control characters, which would need escapes.
+    """
+    for one in files:
+        if has_control(one.path) or "\\" in one.path:
+            raise CkptError(
+                f"`{escape(one.path)}` cannot be listed: its name has control characters or `\\`",
+                code="FC505",
+                key=one.path,
+                hint="rename the file",
+            )
+    return "".join(f"{one.sha256}  {one.path}\n" for one in files)
+
+
+def tensors_text(files: Sequence[FileFact], tensors: Sequence[TensorFact]) -> str:
+    """The JSON manifest: files without itself, and tensors."""
+    document = {
+        "schema_version": "1.0",
+        "tool": {"name": "flamingo-ckpt", "version": __version__},
+        "files": [
+            {"path": one.path, "num_bytes": one.num_bytes, "sha256": one.sha256}
+            for one in files
+            if one.path != TENSORS_NAME
+        ],
+        "tensors": [
+            {
+                "name": one.name,
+                "dtype": one.dtype,
+                "shape": list(one.shape),
+                "sha256": one.sha256,
+            }
+            for one in tensors
+        ],
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def parse_sums(text: str, where: str) -> dict[str, str]:
+    """SHA-256 by path.
+
+    Raises:
+        CkptError: FC607 for a line that is none of its.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = _LINE.fullmatch(line)
+        if match is None or match["name"] in found:
+            raise CkptError(
+                f"line {number} of `{where}` is no line of sha256sum, or names a file twice: "
+                f"`{escape(line)[:80]}`",
+                code="FC607",
+                where=where,
+                hint="`flamingo-ckpt manifest` writes it again",
+            )
+        found[match["name"]] = match["digest"]
+    return found
+
+
+def compare(sums: Mapping[str, str], files: Sequence[FileFact]) -> Iterator[Finding]:
+    """FC607 for each file that is not as the sums say, not there, or not in them."""
+    there = {one.path: one.sha256 for one in files if is_covered(one.path)}
+    for path in sorted({*sums, *there}):
+        if path not in there:
+            yield _stale(path, "is in the manifest and not in the folder")
+        elif path not in sums:
+            yield _stale(path, "is in the folder and not in the manifest")
+        elif sums[path] != there[path]:
+            yield _stale(path, "is not the file that the manifest was made of")
+
+
+def _stale(path: str, what: str) -> Finding:
+    return Finding(
+        code="FC607",
+        severity="error",
+        key=path,
+        detail=f"`{escape(path)}` {what}",
+        hint="look at what changed; then `flamingo-ckpt manifest` writes it again",
+        data={"file": path},
+    )
+
+
+def check_manifest(subject: Subject, files: Sequence[FileFact]) -> Outcome:
+    """The sums in the folder against its files as they are."""
+    if not subject.is_folder:
+        return skipped("manifest", "a single file has no manifest; check the folder")
+    file = subject.by_path.get(SUMS_NAME)
+    if file is None or not file.is_regular:
+        note = Finding(
+            code="FC612",
+            severity="info",
+            key=SUMS_NAME,
+            detail=f"there is no `{SUMS_NAME}`",
+            hint="`flamingo-ckpt manifest` writes it",
+        )
+        return skipped("manifest", f"the folder has no `{SUMS_NAME}`", note)
+    try:
+        sums = parse_sums(read_text(file, _MAX_BYTES), SUMS_NAME)
+    except CkptError as error:
+        return failed("manifest", error)
+    findings = tuple(compare(sums, files))
+    sentence = (
+        f"{len(findings)} of {len({*sums})} files are not as `{SUMS_NAME}` says"
+        if findings
+        else f"all {len(sums)} files are as `{SUMS_NAME}` says"
+    )
+    return Outcome(name="manifest", sentence=sentence, findings=findings)
+
+
+def content_digest(rows: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
+    """One digest of all weights: of (name, dtype, shape, XXH3-128 of the bytes), by name.
+
+    It is the one that `convert` writes into what it makes.
+    """
+    from flamingo_ckpt.formats.checksum import new_digest
+
+    digest = new_digest()
+    for name, dtype, shape, content in sorted(rows):
+        digest.update(json.dumps([name, dtype, list(shape), content]).encode("ascii"))
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+def paths_for(root: str) -> tuple[str, str]:
+    """(sums, tensors): in a folder, or beside a single file."""
+    if os.path.isdir(root):
+        return os.path.join(root, SUMS_NAME), os.path.join(root, TENSORS_NAME)
+    return f"{root}.sha256", f"{root}.manifest.json"
+
+
+def summary_of(files: Sequence[FileFact], tensors: Sequence[TensorFact]) -> dict[str, Any]:
+    """The counts of the JSON report."""
+    return {
+        "num_files": len(files),
+        "num_bytes": sum(one.num_bytes for one in files),
+        "num_tensors": len(tensors),
+    }

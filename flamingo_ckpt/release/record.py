@@ -1,0 +1,126 @@
+"""The conversion record: what a release was made from and what was proven, in the card's own block.
+
+The block is the tool's: it is found by its two marks and rewritten in place; the rest of the card
+is the author's and stays as it is, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from flamingo_ckpt import __version__
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.release.yaml_text import load_yaml
+from flamingo_ckpt.tensors import escape
+
+_BEGIN: Final = "<!-- flamingo-ckpt conversion record: begin -->"
+_END: Final = "<!-- flamingo-ckpt conversion record: end -->"
+_BLOCK: Final = re.compile(
+    re.escape(_BEGIN) + r"\s*```yaml\r?\n(?P<yaml>.*?)\r?\n```\s*" + re.escape(_END), re.DOTALL
+)
+_NOTE: Final = "# written by flamingo-ckpt, which rewrites it in place; do not edit by hand"
+_MAX_RECORD = 64 << 10
+
+
+def make_record(
+    *,
+    source: str,
+    content: str,
+    layouts: tuple[str, str] | None = None,
+    verify: Mapping[str, Any] | None = None,
+    parity: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The fields of a record.
+
+    Args:
+        source: URI of what the release was made from; of a local path the last part only, since
+            the card is public.
+        content: digest of all weights, as `content_digest` gives it.
+        layouts: names of the layouts that the map led from and to.
+        verify: verdict of the comparison of bits.
+        parity: verdict of the comparison of what both compute.
+    """
+    named = source if "://" in source else os.path.basename(source.rstrip("/"))
+    record: dict[str, Any] = {
+        "tool": f"flamingo-ckpt {__version__}",
+        "source": escape(named),
+        "content": content,
+    }
+    if layouts is not None:
+        record["map"] = {"from": layouts[0], "to": layouts[1]}
+    if verify is not None:
+        record["verify"] = dict(verify)
+    if parity is not None:
+        record["parity"] = dict(parity)
+    return record
+
+
+def find_record(text: str) -> dict[str, Any] | None:
+    """The record in a card, or None where it has none.
+
+    Raises:
+        CkptError: FC611 for a block that is not whole, or is there twice.
+    """
+    begins, ends = text.count(_BEGIN), text.count(_END)
+    if not begins and not ends:
+        return None
+    match = _BLOCK.search(text)
+    if begins != 1 or ends != 1 or match is None:
+        raise _broken("its two marks do not stand once each around one block of YAML")
+    try:
+        found = load_yaml(match["yaml"], _MAX_RECORD)
+    except ValueError:
+        raise _broken("it is not YAML") from None
+    if not isinstance(found, dict):
+        raise _broken("it has no fields")
+    return found
+
+
+def with_record(text: str, record: Mapping[str, Any]) -> str:
+    """The card with this record, in place of the one that it has or at its end.
+
+    Raises:
+        CkptError: FC611 as `find_record`.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    has_one = find_record(text) is not None
+    body = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False, width=1000)
+    block = f"{_BEGIN}\n```yaml\n{_NOTE}\n{body}```\n{_END}"
+    if has_one:
+        return _BLOCK.sub(lambda _: block, text, count=1)
+    gap = "" if not text or text.endswith("\n\n") else "\n" if text.endswith("\n") else "\n\n"
+    return f"{text}{gap}{block}\n"
+
+
+def write_record(path: str, record: Mapping[str, Any]) -> None:
+    """Put a record into a card, atomically; a card that is not there is made of it alone.
+
+    Raises:
+        CkptError: FC002 where the card cannot be read, FC611 where its block is broken.
+    """
+    from flamingo_ckpt.formats.staging import staged_file, write_at_path
+
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise CkptError(
+            f"the card cannot be read: {escape(str(error))[:200]}", code="FC002", where=path
+        ) from error
+    with staged_file(path, overwrite=True) as staging:
+        write_at_path(staging, with_record(text, record).encode("utf-8"))
+
+
+def _broken(why: str) -> CkptError:
+    return CkptError(
+        f"the conversion record of the card is broken: {why}",
+        code="FC611",
+        where="README.md",
+        hint="remove what is left of the block; the tool writes a new one",
+    )

@@ -1,0 +1,244 @@
+"""Safety: nothing that could run, that leads elsewhere, or that tells what nobody should know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.formats.source import FileSource
+from flamingo_ckpt.release.folder import ReleaseFile, read_text
+from flamingo_ckpt.release.leaks import find_paths, find_secrets
+from flamingo_ckpt.release.result import Outcome
+from flamingo_ckpt.release.subject import Subject
+from flamingo_ckpt.tensors import escape, has_control
+
+_CODES = ("FC5",)
+#: Of a text file, so much is searched; a tokenizer has some megabytes.
+_MAX_TEXT = 32 << 20
+#: Files that are vocabularies: what looks like a path or a token in them is a piece of text.
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"})
+#: Programs by their first bytes, whatever their names are.
+_PROGRAMS: tuple[tuple[bytes, str], ...] = (
+    (b"\x7fELF", "a Linux program"),
+    (b"MZ", "a Windows program"),
+    (b"#!", "a script"),
+    (b"\xcf\xfa\xed\xfe", "a macOS program"),
+    (b"\xca\xfe\xba\xbe", "a program"),
+)
+_MAX_PER_FILE = 5
+
+
+def check_safety(subject: Subject) -> Outcome:
+    """Pickles, code, links, names, secrets and paths of machines, in every file."""
+    findings: list[Finding] = []
+    if subject.unreadable is not None and subject.unreadable.code.startswith(_CODES):
+        findings.append(subject.unreadable.as_finding())
+    if subject.manifest is not None:
+        findings += [one for one in subject.manifest.findings if one.code.startswith(_CODES)]
+        findings += _tensor_names(subject)
+        findings += _metadata(subject)
+    texts = 0
+    for file in subject.files:
+        findings += _name(file)
+        if file.is_link:
+            findings.append(_link(file))
+        if not file.is_regular or file.leads_out:
+            continue
+        findings += _pickle(file, subject)
+        findings += _code(file)
+        if file.is_text:
+            texts += 1
+            findings += _leaks(file)
+    findings += _remote_code(subject)
+    sentence = f"{len(subject.files)} files, {texts} of them searched as text"
+    if not findings:
+        sentence = f"no pickle, no code, no links, no secrets in {sentence}"
+    return Outcome(name="safety", sentence=sentence, findings=tuple(findings))
+
+
+def _tensor_names(subject: Subject) -> Iterator[Finding]:
+    assert subject.manifest is not None
+    for tensor in subject.manifest.tensors:
+        if has_control(tensor.name):
+            yield Finding(
+                code="FC505",
+                severity="error",
+                key=tensor.name,
+                detail=f"the name `{escape(tensor.name)}` holds control characters",
+                hint="rename it where the checkpoint is written",
+            )
+
+
+def _metadata(subject: Subject) -> Iterator[Finding]:
+    """The string metadata of safetensors, which travels with the file and is seldom looked at."""
+    assert subject.manifest is not None
+    for key, value in subject.manifest.metadata.items():
+        where = f"the metadata `{escape(key)}`"
+        for leak in list(find_secrets(f"{key}={json.dumps(value)}\n{value}"))[:1]:
+            yield _secret(f"{where} holds what looks like {leak.what}: {leak.shown}", key)
+        for leak in list(find_paths(value))[:1]:
+            yield _machine(f"{where} holds a path of a machine: `{escape(leak.shown)}`", key)
+
+
+def _name(file: ReleaseFile) -> Iterator[Finding]:
+    if has_control(file.path) or not file.path.isprintable():
+        yield Finding(
+            code="FC505",
+            severity="error",
+            key=file.path,
+            detail=f"the file name `{escape(file.path)}` holds control or invisible characters",
+            hint="rename it",
+            data={"file": file.path},
+        )
+
+
+def _link(file: ReleaseFile) -> Finding:
+    if file.leads_out:
+        return Finding(
+            code="FC503",
+            severity="error",
+            key=file.path,
+            detail=f"`{escape(file.path)}` is a link that leads out of the folder",
+            hint="put the file itself there, or remove the link",
+            data={"file": file.path},
+        )
+    what = "a symbolic link" if file.is_regular else "a symbolic link to nothing, or to a folder"
+    return Finding(
+        code="FC510",
+        severity="warning" if file.is_regular else "error",
+        key=file.path,
+        detail=f"`{escape(file.path)}` is {what}; an upload puts its content there",
+        hint="put the file itself there",
+        data={"file": file.path},
+    )
+
+
+def _pickle(file: ReleaseFile, subject: Subject) -> Iterator[Finding]:
+    head = _head(file)
+    is_torch = file.may_be_pickle and head[:2] in (b"PK", b"\x80\x02")
+    is_pickle = head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5 and file.suffix != ".npz"
+    if not (is_torch or is_pickle):
+        return
+    is_read = file.path in subject.read_files
+    has_safe = any(one.suffix == ".safetensors" for one in subject.files)
+    yield Finding(
+        code="FC507",
+        severity="warning" if is_read and not has_safe else "error",
+        key=file.path,
+        detail=f"`{escape(file.path)}` is a pickle, which can run code where others load it"
+        + ("; the release has safetensors beside it" if has_safe else ""),
+        hint="`flamingo-ckpt convert` writes the same weights as safetensors"
+        if is_read
+        else "remove it, or publish what it holds in a form that is only data",
+        data={"file": file.path},
+    )
+
+
+def _code(file: ReleaseFile) -> Iterator[Finding]:
+    head = _head(file)
+    what = next((word for magic, word in _PROGRAMS if head.startswith(magic)), "")
+    if file.suffix in (".py", ".ipynb", ".pyc"):
+        what = what or "Python code"
+    elif file.is_code:
+        what = what or "a program or script"
+    if what:
+        yield Finding(
+            code="FC508",
+            severity="error" if "program" in what else "warning",
+            key=file.path,
+            detail=f"`{escape(file.path)}` is {what}; who loads the release with "
+            "trust_remote_code, or runs it, runs this",
+            hint="leave it out, or waive it after a review",
+            data={"file": file.path},
+        )
+
+
+def _remote_code(subject: Subject) -> Iterator[Finding]:
+    """Configs that name classes to be fetched and run."""
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        try:
+            document = subject.json_of(name)
+        except CkptError:
+            continue  # told by the check that reads it
+        classes = document.get("auto_map") if isinstance(document, Mapping) else None
+        if not isinstance(classes, Mapping) or not classes:
+            continue
+        named = [str(one) for one in _flat(classes.values())]
+        foreign = [one for one in named if "--" in one]
+        yield Finding(
+            code="FC508",
+            severity="error" if foreign else "warning",
+            key=f"{name}: auto_map",
+            detail=f"`{name}` has an `auto_map` that names "
+            + (
+                f"code of another repository: `{escape(foreign[0])}`"
+                if foreign
+                else f"code to run: `{escape(named[0])}`"
+            ),
+            hint="remove it where transformers has the class itself; else review the code, pin it, "
+            "and waive this",
+            data={"file": name},
+        )
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from (one for one in value if one is not None)
+        elif value is not None:
+            yield value
+
+
+def _leaks(file: ReleaseFile) -> Iterator[Finding]:
+    text = read_text(file, _MAX_TEXT)
+    for leak in list(find_secrets(text))[:_MAX_PER_FILE]:
+        if leak.what.startswith("a value") and file.name in _VOCABULARIES:
+            continue
+        yield _secret(
+            f"`{escape(file.path)}`, line {leak.line}, holds what looks like {leak.what}: "
+            f"{escape(leak.shown)}",
+            file.path,
+            file.path,
+            leak.line,
+        )
+    if file.name in _VOCABULARIES:
+        return
+    for leak in list(find_paths(text))[:_MAX_PER_FILE]:
+        yield _machine(
+            f"`{escape(file.path)}`, line {leak.line}, names a path of a machine: "
+            f"`{escape(leak.shown)}`",
+            file.path,
+            file.path,
+            leak.line,
+        )
+
+
+def _secret(detail: str, key: str, file: str | None = None, line: int = 0) -> Finding:
+    return Finding(
+        code="FC509",
+        severity="error",
+        key=key,
+        detail=detail,
+        hint="revoke it where it was issued, then remove it: what was once public stays so",
+        data={"file": file, "line": line} if file else {},
+    )
+
+
+def _machine(detail: str, key: str, file: str | None = None, line: int = 0) -> Finding:
+    return Finding(
+        code="FC511",
+        severity="warning",
+        key=key,
+        detail=detail,
+        hint="replace it by the id of a repository, or remove the field",
+        data={"file": file, "line": line} if file else {},
+    )
+
+
+def _head(file: ReleaseFile) -> bytes:
+    source = FileSource(file.full)
+    head = source.read(0, min(8, source.size))
+    source.close()
+    return head
