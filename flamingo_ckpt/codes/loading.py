@@ -50,20 +50,21 @@ CODES = (
         "FC434",
         "info",
         "not loaded on purpose",
-        meaning="Keys of the file were not loaded, and the model does not need them: old buffers, "
-        "positions that are computed, parts that were excluded. They are named so that the choice "
-        "can be seen.",
-        hint="Nothing is to be done. If one of them was wanted, remove it from `exclude=`, or "
-        "build the model with that part.",
+        meaning="Keys of the file were not loaded, and the model does not need them: buffers that "
+        "older classes stored and newer ones compute, and what the map knows to be of no use "
+        "there. They are named so that the choice can be seen.",
+        hint="Nothing is to be done. If one of them was wanted, the model at hand has no part that "
+        "would use it.",
     ),
     Code(
         "FC435",
         "info",
         "filled with zeros",
-        meaning="The model has rows for which the file has nothing, because they only pad a "
-        "vocabulary to a round number. They were filled with zeros, as the release's own "
-        "conversion does, rather than left at random.",
-        hint="Nothing is to be done: no token has such a row.",
+        meaning="The model has something for which the file has nothing, and whose right value is "
+        "known to be zero: a bias that the file's own class does not have, the logit bias of a "
+        "CLIP that was trained with softmax, or rows that only pad a vocabulary. It was filled "
+        "with zeros rather than left at random.",
+        hint="Nothing is to be done. Save the model again to have it in the file.",
     ),
     Code(
         "FC436",
