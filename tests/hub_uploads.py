@@ -1,4 +1,4 @@
-"""The other half of the hub on this machine: repositories that are made, files that are uploaded."""
+"""The other half of the hub on this machine: repositories are made, files are uploaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Uploads(_Base):
 
     hub: HubServer
 
-    def do_PUT(self) -> None:
+    def do_PUT(self) -> None:  # noqa: N802
         path = self._note()
         body = self._body()
         match = re.fullmatch(r"/upload/([0-9a-f]{64})", path)
@@ -34,7 +34,7 @@ class Uploads(_Base):
         self.hub.objects[match[1]] = body
         self._send(200, b"", {})
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802
         path = self._note()
         body = self._body()
         status = self.hub.misbehaves()

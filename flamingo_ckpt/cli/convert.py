@@ -10,9 +10,11 @@ import click
 from flamingo_ckpt.cli.options import (
     ByteSize,
     describe_inputs,
+    local_sources,
     mapping_options,
     open_source,
     plan_source,
+    refuse_remote,
     verb,
 )
 from flamingo_ckpt.cli.output import Output
@@ -31,6 +33,7 @@ Examples:
   flamingo-ckpt convert checkpoint.pt half/ --dtype bfloat16 --dry-run
   flamingo-ckpt convert checkpoint.pt hf/ --to hf-flamingo
   flamingo-ckpt convert ck.pt hf/ --to hf-flamingo --config model.json --base-vision clip.pt
+  flamingo-ckpt convert hf://openflamingo/OpenFlamingo-3B-vitl-mpt1b/checkpoint.pt out/
 """
 
 
@@ -77,6 +80,8 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     from flamingo_ckpt.convert import ConvertOptions, plan_write, summary_of
     from flamingo_ckpt.write_plan import choose_format, omissions, planned_files
 
+    refuse_remote(chosen["dst"])
+    chosen = local_sources(chosen, out, "src", "base_vision", "base_language")
     _, is_folder = choose_format(chosen["dst"], chosen["format"])
     prepared = plan_source(open_source(chosen), chosen, is_folder=is_folder)
     plan = prepared.plan

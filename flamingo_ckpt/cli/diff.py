@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from flamingo_ckpt.cli.options import npy_bfloat16, source_layout, verb, wrapper_key
+from flamingo_ckpt.cli.options import (
+    local_sources,
+    npy_bfloat16,
+    source_layout,
+    verb,
+    wrapper_key,
+)
 from flamingo_ckpt.cli.output import Output
 from flamingo_ckpt.report.document import Report, describe_input
 
@@ -16,6 +22,7 @@ Examples:
   flamingo-ckpt diff checkpoint.pt model:openflamingo-3b-vitl-mpt1b
   flamingo-ckpt diff release/ model:release/config.json
   flamingo-ckpt diff before.pt after/ --level bits
+  flamingo-ckpt diff out/ hf://openflamingo/OpenFlamingo-3B-vitl-mpt1b/checkpoint.pt
 """
 
 
@@ -36,17 +43,21 @@ Examples:
 @wrapper_key
 @npy_bfloat16
 @verb
-def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:  # noqa: ARG001
+def diff(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:
     """Compare A with what B expects of it: missing, unexpected, changed, renamed, absent by design.
 
     Either side is a checkpoint (file, folder, index) or a model (model:CONFIG or model:PRESET).
     Where their layouts differ they are compared through the map. Exit 0 when nothing differs but
     what is absent by design, 1 when something does, 2 when there is no answer.
+
+    Of a checkpoint on the hub (hf://...) only headers are read, unless --level bits asks for all.
     """
     from flamingo_ckpt.diff.compare import diff as compare
     from flamingo_ckpt.diff.compare import summary_of
     from flamingo_ckpt.prepare import open_sides
 
+    if chosen["level"] == "bits":
+        chosen = local_sources(chosen, out, "a", "b")
     a, b, dims = open_sides(
         chosen["a"],
         chosen["b"],

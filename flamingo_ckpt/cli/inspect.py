@@ -22,6 +22,7 @@ Examples:
   flamingo-ckpt inspect release/ --json --tensors
   flamingo-ckpt inspect checkpoint.pt --wrapper-key model_ema
   flamingo-ckpt inspect model:openflamingo-3b-vitl-mpt1b
+  flamingo-ckpt inspect hf://openflamingo/OpenFlamingo-3B-vitl-mpt1b/checkpoint.pt
 """
 
 
@@ -46,8 +47,9 @@ def inspect(
     That is: format, wrapper, prefix, tensors, dtypes, sizes, tied names, and what lies beside the
     weights.
 
-    SRC is a file, a folder, an index (*.index.json), or a model (model:CONFIG or model:PRESET), of
-    which it says what a checkpoint should hold.
+    SRC is a file, a folder or an index (*.index.json), here or on the hub
+    (hf://OWNER/NAME[@REVISION][/PATH], of which only headers are downloaded), or a model
+    (model:CONFIG or model:PRESET), of which it says what a checkpoint should hold.
     """
     if src.startswith("model:"):
         if wrapper_key is not None or npy_bfloat16:

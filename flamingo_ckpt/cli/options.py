@@ -14,6 +14,7 @@ import click
 from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report, describe_input
+from flamingo_ckpt.tensors import escape
 
 if TYPE_CHECKING:
     from flamingo_ckpt.bases import Base
@@ -197,6 +198,41 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
 
 
+def local_source(src: str, out: Output) -> str:
+    """The local path of any SRC: `hf://...` is downloaded (or found in the cache), others stay.
+
+    What comes back for the former is a `hub.LocalCopy`: `open_checkpoint` gives its manifest the
+    address as `uri`, and the report the commit.
+    """
+    from flamingo_ckpt import hub
+
+    if not hub.is_uri(src):
+        return src
+    from flamingo_ckpt.formats.remote import fetch, plan_fetch
+
+    plan = plan_fetch(src)
+    with out.progress_bar([("downloading", plan.num_bytes if plan else 0)]) as progress:
+        return fetch(src, plan, progress.phase("downloading"))
+
+
+def local_sources(chosen: Mapping[str, Any], out: Output, *names: str) -> dict[str, Any]:
+    """The options, with a local path for those that name a SRC on the hub."""
+    local = {name: local_source(chosen[name], out) for name in names if chosen[name]}
+    return {**chosen, **local}
+
+
+def refuse_remote(dst: str) -> None:
+    """Raise FC006 for a destination on the hub: only `push` writes there."""
+    from flamingo_ckpt import hub
+
+    if hub.is_uri(dst):
+        raise CkptError(
+            f"DST is `{escape(dst)}`, and this verb writes to this machine",
+            code="FC006",
+            hint="write a folder, check it, and upload it with `flamingo-ckpt push`",
+        )
+
+
 def open_bases(chosen: Mapping[str, Any]) -> tuple[Base, ...]:
     """Open what `--base-vision` and `--base-language` name."""
     from flamingo_ckpt.bases import Base
@@ -269,6 +305,14 @@ def describe_inputs(plan: Plan) -> tuple[dict[str, Any], ...]:
         first,
         *(describe_input(other, None, layout_name(other)) for other in plan.others.values()),
     )
+
+
+def describe_release(manifest: Manifest) -> dict[str, Any]:
+    """The `inputs[]` entry of a checkpoint of which nothing is planned."""
+    from flamingo_ckpt.layouts.prefixes import describe_prefixes, strip_wrappers
+
+    prefixes = {strip_wrappers(tensor.name)[1] for tensor in manifest.tensors}
+    return describe_input(manifest, describe_prefixes(prefixes), layout_name(manifest))
 
 
 def layout_name(manifest: Manifest) -> str | None:

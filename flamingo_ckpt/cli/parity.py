@@ -11,6 +11,7 @@ from flamingo_ckpt.cli.options import (
     ByteSize,
     bases,
     layout_name,
+    local_sources,
     npy_bfloat16,
     open_bases,
     source_layout,
@@ -107,6 +108,7 @@ def parity(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     """
     gates = _gates(chosen["gates"])
     _check_inputs(chosen)
+    chosen = local_sources(chosen, out, "a", "b", "base_vision", "base_language")
     from flamingo_ckpt.parity import Options, check_parity, open_pair, resolve_device
 
     pair = open_pair(

@@ -9,6 +9,7 @@ import click
 
 from flamingo_ckpt.cli.options import (
     describe_inputs,
+    local_sources,
     mapping_options,
     open_source,
     plan_source,
@@ -43,6 +44,7 @@ def verify(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any)
     from flamingo_ckpt.verify import judge, summary_of
     from flamingo_ckpt.verify import verify as compare
 
+    chosen = local_sources(chosen, out, "src", "dst", "base_vision", "base_language")
     source = open_source(chosen)
     written = open_checkpoint(chosen["dst"], npy_bfloat16=chosen["npy_bfloat16"])
     found = find_layout(written)

@@ -96,12 +96,14 @@ class Fetch:
         place: at its commit.
         files: that are needed.
         left: files beside those that stay: code, other weights, other kinds.
+        num_requests: that it took to find out.
     """
 
     uri: str
     place: hub.HubUri
     files: tuple[HubFile, ...]
-    left: tuple[HubFile, ...] = ()
+    left: tuple[HubFile, ...]
+    num_requests: int
 
     @property
     def num_bytes(self) -> int:
@@ -132,7 +134,13 @@ def plan_fetch(uri: str) -> Fetch | None:
     ]
     left = tuple(one for one in listing.files if one not in needed)
     place = listing.uri if name is None else listing.uri.join(name)
-    return Fetch(uri=uri, place=place, files=tuple(needed), left=left)
+    return Fetch(
+        uri=uri,
+        place=place,
+        files=tuple(needed),
+        left=left,
+        num_requests=folder.cost()["num_requests"],
+    )
 
 
 def _goes_along(path: str) -> bool:
@@ -173,7 +181,8 @@ def fetch(
             plan.place.repo_id, one.path, revision=plan.place.revision, on_bytes=count
         )
         root = path.removesuffix(one.path).rstrip("/")
-    remote = _remote(plan.place, moved[0], plan.num_bytes)
+    hub.remember_revision(root, hub.parse_uri(uri).revision)
+    remote = _remote(plan.place, moved[0], plan.num_bytes, plan.num_requests)
     return hub.LocalCopy.of(
         os.path.join(root, plan.place.path) if plan.place.path else root,
         uri=uri,
@@ -190,15 +199,17 @@ def _cached(uri: str) -> hub.LocalCopy:
     if not os.path.exists(path):
         hub.download(place.repo_id, place.path, revision=place.revision)  # which says so
     pinned = place.at(os.path.basename(root))
-    return hub.LocalCopy.of(path, uri=uri, remote=_remote(pinned, 0, None))
+    return hub.LocalCopy.of(path, uri=uri, remote=_remote(pinned, 0, None, 0))
 
 
-def _remote(place: hub.HubUri, num_bytes: int, total: int | None) -> Mapping[str, Any]:
+def _remote(
+    place: hub.HubUri, num_bytes: int, total: int | None, num_requests: int
+) -> Mapping[str, Any]:
     return {
         "repo_id": place.repo_id,
         "revision": place.revision,
         "num_bytes_read": num_bytes,
-        "num_requests": None,  # they are `huggingface_hub`'s
+        "num_requests": num_requests,  # our own: those of `huggingface_hub` are not counted
         "num_bytes_total": total,
         "downloaded": True,
     }

@@ -10,6 +10,7 @@ endpoint, never to another host, and never shown.
 from flamingo_ckpt.hub.download import CONFIG_FILES as CONFIG_FILES
 from flamingo_ckpt.hub.download import cached_snapshot as cached_snapshot
 from flamingo_ckpt.hub.download import download as download
+from flamingo_ckpt.hub.download import remember_revision as remember_revision
 from flamingo_ckpt.hub.download import snapshot as snapshot
 from flamingo_ckpt.hub.names import URI_PREFIX as URI_PREFIX
 from flamingo_ckpt.hub.names import HubUri as HubUri

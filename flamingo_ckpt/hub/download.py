@@ -131,7 +131,7 @@ def cached_snapshot(repo_id: str, revision: str | None) -> str:
     Raises:
         CkptError: FC473 where there is nothing.
     """
-    ask = Ask(repo_id=repo_id, what="anything", revision=revision)
+    ask = Ask(repo_id=repo_id, what="a checkpoint", revision=revision)
 
     def call() -> str:
         from huggingface_hub import snapshot_download
@@ -139,6 +139,27 @@ def cached_snapshot(repo_id: str, revision: str | None) -> str:
         return str(snapshot_download(repo_id, revision=revision, local_files_only=True))
 
     return guarded(call, ask)
+
+
+def remember_revision(snapshot: str, revision: str | None) -> None:
+    """Note in the cache which commit a branch was at, as a download by its name does.
+
+    Without it, what was downloaded by commit could not be found by the branch's name offline.
+
+    Args:
+        snapshot: the folder of a commit, `.../snapshots/COMMIT`.
+        revision: as the user named it.
+    """
+    snapshots, commit = os.path.split(snapshot)
+    if os.path.basename(snapshots) != "snapshots" or revision == commit:
+        return
+    path = os.path.join(os.path.dirname(snapshots), "refs", *(revision or "main").split("/"))
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="ascii") as file:
+            file.write(commit)
+    except OSError:
+        pass  # a cache that may not be written is one for reading
 
 
 def _folder(cache_dir: str | os.PathLike[str] | None) -> str | None:

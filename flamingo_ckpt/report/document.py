@@ -70,6 +70,7 @@ class StoredFinding(Finding):
 
 def describe_input(manifest: Manifest, prefix: str | None, layout: str | None) -> dict[str, Any]:
     """The `inputs[]` entry of a manifest; `layout` is None where its keys show none."""
+    remote = {} if manifest.remote is None else {"remote": dict(manifest.remote())}
     return {
         "uri": manifest.uri,
         "format": manifest.format,
@@ -78,6 +79,7 @@ def describe_input(manifest: Manifest, prefix: str | None, layout: str | None) -
         "wrapper": manifest.wrapper,
         "num_tensors": len(manifest.tensors),
         "num_bytes": sum(tensor.num_bytes for tensor in distinct(manifest.tensors)),
+        **remote,
     }
 
 

@@ -73,19 +73,28 @@ def render_error(finding: Finding, where: str | None) -> list[str]:
 
 
 def _input_line(one: Mapping[str, Any]) -> str:
-    parts = [
-        escape(one["uri"]),
-        format_bytes(one["num_bytes"]),
-        one["format"],
-        count(one["num_tensors"], "tensor"),
-    ]
+    parts = [escape(one["uri"]), format_bytes(one["num_bytes"])]
+    if one["format"]:
+        parts += [one["format"], count(one["num_tensors"], "tensor")]
     if one["layout"]:
         parts.append(f"layout `{one['layout']}`")
     if one["wrapper"]:
         parts.append(f"under `{escape(one['wrapper'])}`")
     if one["prefix"]:
         parts.append(f"prefix `{one['prefix']}`")
+    if one.get("remote"):
+        parts.append(_remote(one["remote"]))
     return "   ".join(parts)
+
+
+def _remote(cost: Mapping[str, Any]) -> str:
+    """What a checkpoint on the hub has cost, and the commit that was read."""
+    at = f"at {escape(str(cost.get('revision')))[:12]}"
+    if cost.get("downloaded"):
+        return f"downloaded {at}"
+    total = cost.get("num_bytes_total")
+    of = "" if total is None else f" of {format_bytes(total)}"
+    return f"read {format_bytes(cost.get('num_bytes_read', 0))}{of} {at}"
 
 
 def render_inspect(report: Report, *, verbose: bool = False) -> list[str]:
