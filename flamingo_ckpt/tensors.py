@@ -6,6 +6,7 @@ A `TensorInfo` is a header fact plus the place of the bytes. It never holds tens
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -280,15 +281,18 @@ def escape(text: str) -> str:
     )
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def has_control(text: str) -> bool:
     """Whether a name holds C0 or C1 control characters (NUL, ESC, newline, ...)."""
-    return any(ord(char) < 32 or 127 <= ord(char) < 160 for char in text)
+    return _CONTROL.search(text) is not None
 
 
 def is_tensor_name(text: str) -> bool:
     """Whether a name can be written: not empty, no control characters, no half surrogate pair."""
-    half_pair = any("\ud800" <= char <= "\udfff" for char in text)
-    return bool(text) and not has_control(text) and not half_pair
+    return bool(text) and _NOT_IN_NAMES.search(text) is None
 
 
 __all__ = [
