@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flamingo_ckpt.difference import Difference, Tally, describe, facts_of
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
@@ -30,22 +31,8 @@ from flamingo_ckpt.stream import (
 )
 from flamingo_ckpt.tensors import DTYPES, Manifest, TensorInfo, distinct, escape, format_shape
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Where two tensors of the same dtype and shape first differ.
-
-    Attributes:
-        num_different: elements whose bits differ.
-        index: of the first, in row-major order, as a tuple.
-        expected: its bits in the derived tensor, hexadecimal, most significant digit first.
-        found: its bits in the destination.
-    """
-
-    num_different: int
-    index: tuple[int, ...]
-    expected: str
-    found: str
+#: What an element of each side is called.
+_SIDES = ("the expected value", "the found one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +214,7 @@ def first_difference(
     """Compare what two steps derive, in blocks as they come; None where all bits agree."""
     stored = derive(stored_step, bytearray(BLOCK_BYTES), Derived())
     have = memoryview(b"")
-    difference: Difference | None = None
+    tally = Tally(step.dtype, step.shape)
     at = 0
     for want in derive(step, buffer, derived):
         while want:
@@ -237,54 +224,18 @@ def first_difference(
             ours, theirs = want[:size], have[:size]
             # bytes compare with memcmp; a memoryview compares item by item
             if ours.tobytes() != theirs.tobytes():
-                difference = _locate(step, ours, theirs, at, difference)
+                tally.add(ours, theirs, at)
             want, have, at = want[size:], have[size:], at + size
             on_bytes(size)
         if stop.is_set():
-            return difference
+            return tally.result()
     for _ in stored:  # runs the checksum of the destination to its end
         pass
-    return difference
+    return tally.result()
 
 
 def _identity(tensor: TensorInfo) -> Step:
     return Step(source=tensor, name=tensor.name, dtype=tensor.dtype)
-
-
-def _locate(
-    step: Step, ours: memoryview, theirs: memoryview, at: int, before: Difference | None
-) -> Difference:
-    """Count the differing elements of two blocks, and describe the first of all."""
-    import numpy
-
-    width = max(step.dtype.bits // 8, 1)
-    differs = numpy.frombuffer(ours, dtype=f"V{width}") != numpy.frombuffer(
-        theirs, dtype=f"V{width}"
-    )
-    count = int(differs.sum())
-    if before is not None:
-        return Difference(
-            num_different=before.num_different + count,
-            index=before.index,
-            expected=before.expected,
-            found=before.found,
-        )
-    first = int(differs.argmax())
-    piece = slice(first * width, (first + 1) * width)
-    return Difference(
-        num_different=count,
-        index=_unravel(at // width + first, step.shape) if step.dtype.bits >= 8 else (at + first,),
-        expected=bytes(ours[piece])[::-1].hex(),
-        found=bytes(theirs[piece])[::-1].hex(),
-    )
-
-
-def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index = []
-    for size in reversed(shape):
-        flat, rest = divmod(flat, size)
-        index.append(rest)
-    return tuple(reversed(index))
 
 
 def bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
@@ -296,12 +247,13 @@ def bits_differ(step: Step, tensor: TensorInfo, found: Difference) -> Finding:
         severity="error",
         key=tensor.name,
         detail=f"`{escape(tensor.name)}`: {found.num_different} of {step.num_elements} "
-        f"elements differ, first at [{place}]: {ours} expected, {theirs} found",
+        f"elements differ, first at [{place}]: {ours} expected, {theirs} found"
+        + describe(found, *_SIDES),
         data={
-            "num_elements_different": found.num_different,
             "first_index": list(found.index),
             "expected_bits": found.expected,
             "found_bits": found.found,
+            **facts_of(found, *_SIDES),
         },
     )
 

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "write_plan": GROUND | {"formats", "layouts", "plan", ""},
     "inspection": GROUND | {"formats", "layouts"},
     "convert": GROUND | {"formats", "layouts", "plan", "stream", "write_plan", ""},
-    "verify": GROUND | {"formats", "layouts", "plan", "stream"},
+    "difference": GROUND | {"formats"},
+    "verify": GROUND | {"formats", "layouts", "plan", "stream", "difference"},
     "models": GROUND | {"layouts", "formats", ""},
     "hub": GROUND | {""},
     "loading": GROUND
@@ -48,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "map_plan": GROUND
     | {"layouts", "plan", "selection", "bases", "vocabulary", "provenance", "map_checks"},
     "diff": GROUND
-    | {"formats", "layouts", "plan", "selection", "provenance", "stream", "verify", "models"},
+    | {"formats", "layouts", "plan", "selection", "provenance", "stream", "verify", "models"}
+    | {"difference"},
     "prepare": GROUND
     | {"formats", "layouts", "plan", "selection", "bases", "vocabulary", "map_plan", "map_checks"}
     | {"diff", "models"},

@@ -108,6 +108,12 @@ def test_negative_zero_and_nan_payloads_are_bits(tmp_path: Path) -> None:
         "first_index": [0],
         "expected_bits": "7fc00000",
         "found_bits": "7fc00001",
+        # the payload of the NaN, and the sign of the zero: which are 0 apart
+        "bits_flipped": [1, *[0] * 30, 1],
+        "num_not_finite": 1,
+        "max_abs": 0.0,
+        "max_ulp": 0,
+        "ulp_histogram": [[0, 0, 1]],
     }
     assert "2 of 3 elements" in finding["detail"]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from flamingo_ckpt.diff.likeness import digest_of_runs, digest_of_step
 from flamingo_ckpt.diff.sides import Side
 from flamingo_ckpt.diff.views import Entry
+from flamingo_ckpt.difference import Difference, describe, facts_of
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.formats.cast import CastCounts, cast_block
 from flamingo_ckpt.layouts.mapping import Piece
@@ -20,7 +21,7 @@ from flamingo_ckpt.stream import (
     unchecked_storages,
 )
 from flamingo_ckpt.tensors import DTYPES, DType, TensorInfo, contiguous_strides, escape
-from flamingo_ckpt.verify import Difference, first_difference
+from flamingo_ckpt.verify import first_difference
 
 _Both = tuple[str, Entry, Entry]
 # Where more than this differs the two are of different trainings, and nothing was merely moved.
@@ -65,12 +66,12 @@ def _bits_differ(mine: Entry, other: Entry, found: Difference) -> Finding:
         severity="error",
         key=mine.key,
         detail=f"`{escape(mine.key)}`: {found.num_different} of {mine.step.num_elements} elements "
-        f"differ, first at [{place}]{of}: {here} in A, {there} in B",
+        f"differ, first at [{place}]{of}: {here} in A, {there} in B" + describe(found, "A", "B"),
         data={
             "other_key": other.key,
-            "num_elements_different": found.num_different,
             "first_index": list(found.index),
             "bits": [found.expected, found.found],
+            **facts_of(found, "A", "B"),
         },
     )
 
