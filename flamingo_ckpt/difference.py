@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flamingo_ckpt.formats.cast import CastCounts, cast_block
+from flamingo_ckpt.formats.cast import CastCounts, cast_block, widen
 from flamingo_ckpt.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
@@ -134,15 +134,17 @@ class Tally:
     def _count_distances(self, a: Array, b: Array) -> None:
         import numpy
 
-        first, second = _values(a, self._dtype), _values(b, self._dtype)
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            first, second = _values(a, self._dtype), _values(b, self._dtype)
+            apart = numpy.abs(first - second)
         finite = numpy.isfinite(first) & numpy.isfinite(second)
-        self._num_not_finite += int(finite.size - numpy.count_nonzero(finite))
-        if not finite.any():
+        if not finite.all():
+            self._num_not_finite += int(finite.size - numpy.count_nonzero(finite))
+            a, b, apart = a[finite], b[finite], apart[finite]
+        if not apart.size:
             return
-        with numpy.errstate(over="ignore"):
-            largest = float(numpy.abs(first[finite] - second[finite]).max())
-        self._max_abs = max(largest, self._max_abs or 0.0)
-        distances = _distances(a[finite], b[finite], self._dtype.bits)
+        self._max_abs = max(float(apart.max()), self._max_abs or 0.0)
+        distances = _distances(a, b, self._dtype.bits)
         self._max_ulp = max(int(distances.max()), self._max_ulp or 0)
         for at, number in enumerate(_by_magnitude(distances)):
             self._ulps[at] += number
@@ -184,30 +186,43 @@ def _bit_table() -> Array:
 
 def _values(bits: Array, dtype: DType) -> Array:
     """The exact values, as float64."""
-    import numpy
-
-    raw = memoryview(bits.tobytes())
-    return numpy.frombuffer(cast_block(raw, dtype, DTYPES["F64"], CastCounts()), dtype="<f8")
+    values: Array = widen(memoryview(bits.view("u1")), dtype.name).astype("<f8")  # type: ignore[arg-type]
+    return values
 
 
 def _distances(a: Array, b: Array, num_bits: int) -> Array:
-    """How many steps of the dtype lie between, as uint64. Floats are a sign and a magnitude."""
+    """How many steps of the dtype lie between. Floats are a sign and a magnitude."""
     import numpy
 
-    wide_a, wide_b = a.astype("<u8"), b.astype("<u8")
+    if num_bits < _MAX_COUNTED_BITS:
+        steps: Array = numpy.abs(_ordinals(a, num_bits) - _ordinals(b, num_bits))
+        return steps
+    # the places of 64-bit floats are as far apart as 65 bits count
     magnitude = numpy.uint64((1 << (num_bits - 1)) - 1)
-    size_a, size_b = wide_a & magnitude, wide_b & magnitude
-    same_sign = (wide_a > magnitude) == (wide_b > magnitude)
+    size_a, size_b = a & magnitude, b & magnitude
+    same_sign = (a > magnitude) == (b > magnitude)
     apart = numpy.maximum(size_a, size_b) - numpy.minimum(size_a, size_b)
     return numpy.where(same_sign, apart, size_a + size_b)
+
+
+def _ordinals(bits: Array, num_bits: int) -> Array:
+    """The place of each float among all of its dtype, 0 in the middle."""
+    import numpy
+
+    wide = bits.astype("<i8")
+    magnitude = wide & ((1 << (num_bits - 1)) - 1)
+    return numpy.where(wide > magnitude, -magnitude, magnitude)
 
 
 def _by_magnitude(distances: Array) -> list[int]:
     """How many need 0, 1, 2, ... binary digits."""
     import numpy
 
-    powers = numpy.left_shift(numpy.uint64(1), numpy.arange(64, dtype="<u8"))
-    digits = numpy.searchsorted(powers, distances, side="right")
+    if distances.dtype.kind == "i":  # below 2**53: exact as floats
+        _, digits = numpy.frexp(distances.astype("<f8"))
+    else:
+        powers = numpy.left_shift(numpy.uint64(1), numpy.arange(64, dtype="<u8"))
+        digits = numpy.searchsorted(powers, distances, side="right")
     return [int(number) for number in numpy.bincount(digits)]
 
 
