@@ -19,7 +19,10 @@ from flamingo_ckpt.cli.output import Output, error_report
 from flamingo_ckpt.errors import CkptError
 
 #: verb -> module under `flamingo_ckpt.cli`; imported only when it is asked for.
-VERBS = ("inspect", "convert", "verify", "diff", "parity", "layouts", "explain", "report")
+VERBS = (
+    *("inspect", "convert", "verify", "diff", "parity", "check"),
+    *("layouts", "explain", "manifest", "sign", "verify-signature", "report"),
+)
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 
@@ -36,8 +39,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"flamingo_ckpt.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        module = importlib.import_module(f"flamingo_ckpt.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
 

@@ -59,6 +59,7 @@ def check_release(
     source: Source | None = None,
     level: str = "all",
     watch: Watch | None = None,
+    between: Callable[[list[Outcome]], Subject] | None = None,
     today: datetime.date | None = None,
 ) -> CheckResult:
     """Whether a release may be uploaded.
@@ -69,6 +70,8 @@ def check_release(
         source: what it was made from, where that is known.
         level: `all`, or `headers` for the checks that read no tensor data.
         watch: who is told of progress.
+        between: called with what the weights showed, before the papers beside them are read; gives
+            the release as it is then.
         today: for the end of waivers.
     """
     watch = watch or Watch()
@@ -97,6 +100,8 @@ def check_release(
         lambda: check_values(subject, policy.norm_factor, watch.bytes_of("values")),
     )
     make("parity", lambda: check_parity(subject, source, policy.parity, watch.say))
+    if between is not None:
+        subject = between(made)
     make("safety", lambda: check_safety(subject))
     make("config", lambda: check_config(subject))
     make("tokenizer", lambda: check_tokenizer(subject))

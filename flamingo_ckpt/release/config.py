@@ -152,8 +152,10 @@ def _loaders(document: Mapping[str, Any], name: str) -> Iterator[Finding]:
         )
     model_type = str(document["model_type"])
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto import configuration_auto
 
-    if model_type not in CONFIG_MAPPING:
+    # transformers' own names: loaders of this package may have registered theirs
+    if model_type not in configuration_auto.CONFIG_MAPPING_NAMES:  # type: ignore[attr-defined]
         if document.get("auto_map"):
             return
         yield _lacks(

@@ -36,20 +36,18 @@ def check_container(subject: Subject) -> Outcome:
     findings += [one for one in manifest.findings if one.code.startswith(_CODES)]
     if subject.unreadable is not None:  # it was read, and its names make no checkpoint
         findings.append(subject.unreadable.as_finding())
-    count = len(manifest.files)
-    told = [
-        f"{count} {'file' if count == 1 else 'files'} of {manifest.format}, no holes, no overlaps"
-    ]
+    told = [f"{_count(len(manifest.files), 'file')} of {manifest.format}, no holes, no overlaps"]
     if manifest.details.get("index"):
         told.append("index and headers agree")
-    told.append(f"{len(subject.files)} entries in all")
-    return Outcome(
-        name="container",
-        sentence=", ".join(told)
-        if not findings
-        else f"{len(manifest.tensors)} tensors in " + told[0].partition(",")[0],
-        findings=tuple(findings),
-    )
+    told.append(f"{_count(len(subject.files), 'file')} in all")
+    sentence = ", ".join(told)
+    if findings:
+        sentence = f"{len(manifest.tensors)} tensors in {told[0].partition(',')[0]}"
+    return Outcome(name="container", sentence=sentence, findings=tuple(findings))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _modes(subject: Subject) -> Iterator[Finding]:

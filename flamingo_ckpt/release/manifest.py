@@ -139,6 +139,59 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
     return found
 
 
+def read_sums(path: str) -> dict[str, str]:
+    """The sums of a file.
+
+    Raises:
+        CkptError: FC612 where there is none, FC607 where it is none.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_sums(file.read(_MAX_BYTES), path)
+    except FileNotFoundError:
+        raise CkptError(
+            f"there is no `{path}` to compare with",
+            code="FC612",
+            where=path,
+            hint="`flamingo-ckpt manifest` without --check writes it",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CkptError(
+            f"the manifest cannot be read: {escape(str(error))[:200]}", code="FC002", where=path
+        ) from error
+
+
+def write(
+    sums_path: str,
+    tensors_path: str,
+    files: Sequence[FileFact],
+    tensors: Sequence[TensorFact],
+    *,
+    is_folder: bool,
+) -> tuple[FileFact, ...]:
+    """Write both files, the sums last; they list the other one too. Gives what they list.
+
+    Raises:
+        CkptError: FC505 for a name that cannot be listed, FC004 where they cannot be written.
+    """
+    from flamingo_ckpt.formats.staging import staged_file, write_at_path
+
+    listed = tuple(files)
+    content = tensors_text(files, tensors).encode("utf-8")
+    if is_folder:
+        own = FileFact(
+            path=TENSORS_NAME,
+            num_bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        listed = tuple(sorted((*files, own), key=lambda one: one.path))
+    sums = sums_text(listed).encode("utf-8")
+    for path, data in ((tensors_path, content), (sums_path, sums)):
+        with staged_file(path, overwrite=True) as staging:
+            write_at_path(staging, data)
+    return listed
+
+
 def compare(sums: Mapping[str, str], files: Sequence[FileFact]) -> Iterator[Finding]:
     """FC607 for each file that is not as the sums say, not there, or not in them."""
     there = {one.path: one.sha256 for one in files if is_covered(one.path)}

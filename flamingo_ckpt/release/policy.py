@@ -83,15 +83,35 @@ class Policy:
             return self.required
         return frozenset((*DEFAULT_REQUIRED, *(WITH_SOURCE if has_source else ())))
 
+    def describe(self, *, has_source: bool) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "required": [
+                one for one in CHECKS if one in self.required_checks(has_source=has_source)
+            ],
+            "strict": self.is_strict,
+            "waivers": len(self.waivers),
+        }
 
-def find_policy(named: str | None, folder: str = ".") -> Policy:
+
+def find_policy(named: str | None, *, strict: bool = False, folder: str = ".") -> Policy:
     """The policy that was named, else that of the folder, else the default.
+
+    Args:
+        named: a file.
+        strict: whether warnings count as errors, whatever the policy says.
+        folder: where one is looked for.
 
     Raises:
         CkptError: FC620 where it cannot be used.
     """
-    if named is not None:
-        return read_policy(named)
+    policy = read_policy(named) if named is not None else _found_in(folder)
+    return replace(policy, is_strict=True) if strict else policy
+
+
+def _found_in(folder: str) -> Policy:
     own = os.path.join(folder, FILE_NAME)
     if os.path.isfile(own):
         return read_policy(own)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.release.result import Outcome
 from flamingo_ckpt.release.yaml_text import load_yaml
 from flamingo_ckpt.tensors import escape
 
@@ -56,6 +57,36 @@ def make_record(
     if parity is not None:
         record["parity"] = dict(parity)
     return record
+
+
+def record_of(outcomes: Sequence[Outcome], source: str) -> dict[str, Any] | None:
+    """The record of what checks have shown; None where the weights are not what they should be."""
+    made = {one.name: one for one in outcomes}
+    bits, values, parity = made["bits"], made["values"], made["parity"]
+    content = values.details.get("content")
+    if content is None or any(one.status == "fail" for one in (bits, values, parity)):
+        return None
+    counts = bits.details.get("bits", {}).get("summary")
+    verify = {"verdict": bits.status, **{name: counts[name] for name in ("bit_exact", "cast")}}
+    return make_record(
+        source=source,
+        content=content,
+        verify=verify if counts is not None and bits.status == "pass" else {"verdict": "not run"},
+        parity=_parity(parity),
+    )
+
+
+def _parity(outcome: Outcome) -> dict[str, Any]:
+    passes = outcome.details.get("parity", {}).get("summary", {}).get("passes")
+    if outcome.status == "skip" or not passes:
+        return {"verdict": "not run"}
+    return {
+        "verdict": "pass",
+        "device": passes[0]["device"],
+        "dtypes": list(dict.fromkeys(one["dtype"] for one in passes)),
+        "gates": list(dict.fromkeys(one["gates"] for one in passes)),
+        "max_rel": max(float(one["max_rel"]) for one in passes),
+    }
 
 
 def find_record(text: str) -> dict[str, Any] | None:

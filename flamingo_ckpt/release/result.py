@@ -23,8 +23,8 @@ CHECKS: Final = (
     "manifest",
     "signature",
 )
-#: Those that read tensor data; at level `headers` they are not made.
-DATA_CHECKS: Final = ("bits", "values", "parity")
+#: Those that read all bytes; at level `headers` they are not made.
+DATA_CHECKS: Final = ("bits", "values", "parity", "manifest", "signature")
 LEVELS: Final = ("all", "headers")
 
 
@@ -75,6 +75,19 @@ class Waived:
     reason: str
     owner: str
     until: str
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "code": self.finding.code,
+            "key": self.finding.key,
+            "detail": self.finding.detail,
+            "severity": self.finding.severity,
+            "check": self.check,
+            "reason": self.reason,
+            "owner": self.owner,
+            "until": self.until,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

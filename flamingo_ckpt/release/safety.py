@@ -52,9 +52,9 @@ def check_safety(subject: Subject) -> Outcome:
             texts += 1
             findings += _leaks(file)
     findings += _remote_code(subject)
-    sentence = f"{len(subject.files)} files, {texts} of them searched as text"
+    sentence = f"every file looked at ({len(subject.files)}), text searched ({texts})"
     if not findings:
-        sentence = f"no pickle, no code, no links, no secrets in {sentence}"
+        sentence += ": no pickle, no code, no links, no secrets"
     return Outcome(name="safety", sentence=sentence, findings=tuple(findings))
 
 

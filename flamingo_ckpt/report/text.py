@@ -37,6 +37,7 @@ _RENDERERS: Mapping[str, tuple[str, str]] = {
     "parity": ("parity_text", "render_parity"),
     "layouts": ("layouts_text", "render_layouts"),
     "explain": ("explain_text", "render_explain"),
+    "check": ("check_text", "render_check"),
 }
 
 

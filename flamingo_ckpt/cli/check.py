@@ -1,0 +1,263 @@
+"""`flamingo-ckpt check SRC`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flamingo_ckpt.cli.options import (
+    describe_release,
+    mapping_options,
+    open_bases,
+    plan_source,
+    verb,
+)
+from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.report.document import Report
+
+if TYPE_CHECKING:
+    from flamingo_ckpt.plan import Plan
+    from flamingo_ckpt.release.behaviour import Source
+    from flamingo_ckpt.release.result import CheckResult, Outcome
+    from flamingo_ckpt.release.subject import Subject
+
+EPILOG = """\b
+Examples:
+  flamingo-ckpt check release/
+  flamingo-ckpt check release/ --source checkpoint.pt --base-vision clip.pt --base-language mpt/
+  flamingo-ckpt check release/ --policy flamingo-ckpt.toml --output check.html
+  flamingo-ckpt check release/ --fix
+"""
+#: Of the options, those that only a conversion to another layout has a use for.
+_ONLY_MAPPED = {"config": None, "base_vision": None, "base_language": None, "vocab_rows": None}
+
+
+@click.command(epilog=EPILOG, short_help="May I upload this.")
+@click.argument("src")
+@click.option("--source", metavar="SRC", help="What the release was made from.")
+@click.option(
+    "--policy",
+    metavar="FILE",
+    help="What is required. Default: flamingo-ckpt.toml or pyproject.toml here, else built in.",
+)
+@click.option(
+    "--level",
+    type=click.Choice(["all", "headers"]),
+    default="all",
+    show_default=True,
+    help="`headers` reads no tensor data: no bits, values or parity.",
+)
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@click.option("--fix", is_flag=True, help="Show what can safely be mended (modes, totals, dtypes).")
+@click.option("--yes", is_flag=True, help="With --fix: mend it, then check.")
+@click.option(
+    "--record", is_flag=True, help="Write what was proven into the card's conversion record."
+)
+@mapping_options
+@verb
+def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) -> Report:
+    """Check a release before its upload: structure, keys, bits, values, behaviour, safety, papers.
+
+    SRC is a folder, or one file, of which less can be said. With --source every tensor is derived
+    again and both sides are run; give the options that the conversion had. Exit 0 when it may be
+    uploaded, 1 when something is wrong, 3 when a required check could not run.
+    """
+    from flamingo_ckpt.release.check import Watch, check_release
+    from flamingo_ckpt.release.policy import find_policy
+
+    _check_options(chosen)
+    policy = find_policy(chosen["policy"], strict=chosen["strict"])
+    subject = _open(chosen, out)
+    fixes, subject = _fixed(subject, chosen, out)
+    source = _source(subject, chosen)
+    with out.status() as say:
+        result = check_release(
+            subject,
+            policy,
+            source=source,
+            level=chosen["level"],
+            watch=Watch(say=say, on_bytes=_Counters(say)),
+            between=_recorder(subject, source, chosen, out) if chosen["record"] else None,
+        )
+    return Report(
+        command="check",
+        argv=argv,
+        verdict=result.verdict,
+        exit_code=result.exit_code,
+        inputs=_inputs(subject, source),
+        summary=result.summary(),
+        findings=result.findings,
+        duration_seconds=time.monotonic() - started,
+        extra={
+            "level": result.level,
+            "checks": result.rows(),
+            "files": [
+                {"path": one.path, "num_bytes": one.num_bytes, "sha256": one.sha256}
+                for one in result.files
+            ],
+            "source": chosen["source"],
+            "policy": policy.describe(has_source=source is not None),
+            "waived": [one.describe() for one in result.waived],
+            "fixes": fixes,
+            "tensors": _tensors(subject),
+            **_details(result),
+        },
+    )
+
+
+class _Counters(dict[str, Callable[[int], None]]):
+    """A callback for every check that reads data: it tells how much is done, now and then."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+        self._lock = threading.Lock()
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: ARG002
+        """The callback of a check."""
+        done, told = 0, 0.0
+
+        def count(num_bytes: int) -> None:
+            nonlocal done, told
+            with self._lock:
+                done += num_bytes
+                now = time.monotonic()
+                if now - told > 0.2:
+                    told = now
+                    self._say(f"{name}: {done / 1e6:.0f} MB read")
+
+        return count
+
+
+def _check_options(chosen: dict[str, Any]) -> None:
+    if chosen["yes"] and not chosen["fix"]:
+        raise CkptError("--yes without --fix", code="FC006", hint="--fix says what it would do")
+    if chosen["record"] and (chosen["source"] is None or chosen["level"] != "all"):
+        raise CkptError(
+            "--record without --source, or with --level headers: there is nothing proven to write",
+            code="FC006",
+            hint="--source names what the release was made from",
+        )
+    given = [name for name in ("to", "source_layout", "vocab_rows") if chosen[name] is not None]
+    if given and chosen["source"] is None:
+        raise CkptError(
+            f"--{given[0].replace('_', '-').replace('source-layout', 'from')} without --source",
+            code="FC006",
+            hint="it says how the release was made from its source",
+        )
+
+
+def _open(chosen: dict[str, Any], out: Output) -> Subject:
+    from flamingo_ckpt.release.subject import open_subject
+
+    has_source = chosen["source"] is not None
+    return open_subject(
+        chosen["src"],
+        config=chosen["config"],
+        # with a source these are about it
+        wrapper_key=None if has_source else chosen["wrapper_key"],
+        npy_bfloat16=chosen["npy_bfloat16"],
+        skip=(out.output,) if out.output else (),
+    )
+
+
+def _fixed(
+    subject: Subject, chosen: dict[str, Any], out: Output
+) -> tuple[list[dict[str, Any]], Subject]:
+    """(what can be mended and whether it was, the release after that)."""
+    if not chosen["fix"]:
+        return [], subject
+    from flamingo_ckpt.release.fix import plan_fixes
+
+    fixes = plan_fixes(subject)
+    told = [{"path": one.path, "what": one.what, "applied": chosen["yes"]} for one in fixes]
+    if chosen["yes"] and fixes:
+        for one in fixes:
+            one.apply()
+        subject = _open(chosen, out)
+    return told, subject
+
+
+def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
+    if chosen["source"] is None:
+        return None
+    from flamingo_ckpt.release.behaviour import Source
+
+    def make_plan() -> Plan:
+        from flamingo_ckpt.formats import open_checkpoint
+        from flamingo_ckpt.inspection import find_layout, other_layout
+
+        manifest = open_checkpoint(
+            chosen["source"],
+            wrapper_key=chosen["wrapper_key"],
+            npy_bfloat16=chosen["npy_bfloat16"],
+        )
+        assert subject.manifest is not None
+        to = other_layout(manifest, find_layout(subject.manifest))
+        mapped = chosen if to or chosen["to"] else {**chosen, **_ONLY_MAPPED}
+        return plan_source(manifest, mapped, writes=False, to=to).plan
+
+    def open_pair() -> Any:
+        from flamingo_ckpt.parity import open_pair as pair
+
+        return pair(
+            chosen["source"],
+            subject.uri,
+            config=chosen["config"],
+            bases=open_bases(chosen),
+            source_layout=chosen["source_layout"],
+            wrapper_key=chosen["wrapper_key"],
+            npy_bfloat16=chosen["npy_bfloat16"],
+        )
+
+    return Source(uri=chosen["source"], make_plan=make_plan, open_pair=open_pair)
+
+
+def _recorder(
+    subject: Subject, source: Source | None, chosen: dict[str, Any], out: Output
+) -> Callable[[list[Outcome]], Subject]:
+    """What writes the record once bits and behaviour are judged, and before the card is read."""
+
+    def write(made: list[Outcome]) -> Subject:
+        from flamingo_ckpt.release.record import record_of, write_record
+
+        assert source is not None
+        record = record_of(made, source.uri)
+        if record is None or not subject.is_folder:
+            return subject
+        write_record(os.path.join(subject.root, "README.md"), record)
+        return _open(chosen, out)
+
+    return write
+
+
+def _inputs(subject: Subject, source: Source | None) -> tuple[dict[str, Any], ...]:
+    found = []
+    if subject.manifest is not None:
+        found.append(describe_release(subject.manifest))
+    if source is not None:
+        from flamingo_ckpt.formats import open_checkpoint
+
+        try:
+            found.append(describe_release(open_checkpoint(source.uri)))
+        except CkptError:
+            pass  # told by the check of bits
+    return tuple(found)
+
+
+def _tensors(subject: Subject) -> list[dict[str, Any]]:
+    from flamingo_ckpt.inspection import tensor_rows
+
+    return tensor_rows(subject.manifest) if subject.manifest is not None else []
+
+
+def _details(result: CheckResult) -> dict[str, Any]:
+    from flamingo_ckpt.release.check import details_of
+
+    return {name: details_of(result, name) for name in ("bits", "parity", "content")}
