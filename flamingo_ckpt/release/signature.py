@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,6 +16,8 @@ from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.tensors import escape
 
 SIGNATURE_NAME: Final = SIGNATURE_NAMES[0]
+#: What the library says of two digests, as bytes in Python's notation; the file is what matters.
+_DIGESTS: Final = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")
 _INSTALL = "pip install 'flamingo-ckpt[sign]'"
 
 
@@ -36,10 +40,9 @@ def sign(
     Raises:
         CkptError: FC608 where it cannot be signed, FC012 without model-signing.
     """
-    _require()
-    import model_signing
-
-    config = model_signing.signing.Config().set_hashing_config(_hashing(signature))
+    signing = _library().signing
+    folder, signature = os.path.abspath(folder), os.path.abspath(signature)
+    config = signing.Config().set_hashing_config(_hashing(signature))
     try:
         if private_key is not None:
             config = config.use_elliptic_key_signer(private_key=private_key)
@@ -63,10 +66,9 @@ def verify(
     Raises:
         CkptError: FC608 where it is not, FC012 without model-signing.
     """
-    _require()
-    import model_signing
-
-    config = model_signing.verifying.Config().set_hashing_config(_hashing(signature))
+    verifying = _library().verifying
+    folder, signature = os.path.abspath(folder), os.path.abspath(signature)
+    config = verifying.Config().set_hashing_config(_hashing(signature))
     try:
         if public_key is not None:
             config = config.use_elliptic_key_verifier(public_key=public_key)
@@ -78,22 +80,24 @@ def verify(
 
 
 def _hashing(signature: str) -> Any:
-    import model_signing
-
-    return model_signing.hashing.Config().set_ignored_paths(
-        paths=[os.path.abspath(signature)], ignore_git_paths=True
+    """Every file counts but the signature; paths are absolute, as the library compares them."""
+    return (
+        _library()
+        .hashing.Config()
+        .set_ignored_paths(paths=[os.path.abspath(signature)], ignore_git_paths=True)
     )
 
 
-def _require() -> None:
+def _library() -> Any:
     if not is_installed():
         raise CkptError(
             "model-signing is not installed", code="FC012", hint=f"`{_INSTALL}` brings it"
         )
+    return importlib.import_module("model_signing")
 
 
 def _failed(what: str, error: Exception, where: str) -> CkptError:
-    line = (str(error).splitlines() or [""])[0]
+    line = (_DIGESTS.sub("", str(error)).splitlines() or [""])[0]
     return CkptError(
         f"{what}: {escape(f'{type(error).__name__}: {line}')[:300]}",
         code="FC608",
