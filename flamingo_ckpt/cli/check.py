@@ -12,6 +12,7 @@ import click
 
 from flamingo_ckpt.cli.options import (
     describe_release,
+    local_sources,
     mapping_options,
     open_bases,
     plan_source,
@@ -72,6 +73,8 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
     from flamingo_ckpt.release.policy import find_policy
 
     _check_options(chosen)
+    _refuse_remote(chosen)
+    chosen = local_sources(chosen, out, "src", "source", "base_vision", "base_language")
     policy = find_policy(chosen["policy"], strict=chosen["strict"])
     subject = _open(chosen, out)
     fixes, subject = _fixed(subject, chosen, out)
@@ -90,7 +93,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
         argv=argv,
         verdict=result.verdict,
         exit_code=result.exit_code,
-        inputs=_inputs(subject, source),
+        inputs=_inputs(subject, chosen["source"]),
         summary=result.summary(),
         findings=result.findings,
         duration_seconds=time.monotonic() - started,
@@ -101,7 +104,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
                 {"path": one.path, "num_bytes": one.num_bytes, "sha256": one.sha256}
                 for one in result.files
             ],
-            "source": chosen["source"],
+            "source": source.uri if source is not None else None,
             "policy": policy.describe(has_source=source is not None),
             "waived": [one.describe() for one in result.waived],
             "fixes": fixes,
@@ -150,6 +153,18 @@ def _check_options(chosen: dict[str, Any]) -> None:
             f"--{given[0].replace('_', '-').replace('source-layout', 'from')} without --source",
             code="FC006",
             hint="it says how the release was made from its source",
+        )
+
+
+def _refuse_remote(chosen: dict[str, Any]) -> None:
+    """Raise FC006 for what would write into the hub's cache."""
+    from flamingo_ckpt import hub
+
+    if hub.is_uri(chosen["src"]) and (chosen["yes"] or chosen["record"]):
+        raise CkptError(
+            "--yes and --record write into SRC, and it is on the hub",
+            code="FC006",
+            hint="`flamingo-ckpt pull` it into a folder first",
         )
 
 
@@ -216,7 +231,8 @@ def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
             npy_bfloat16=chosen["npy_bfloat16"],
         )
 
-    return Source(uri=chosen["source"], make_plan=make_plan, open_pair=open_pair)
+    named = getattr(chosen["source"], "uri", chosen["source"])
+    return Source(uri=named, make_plan=make_plan, open_pair=open_pair)
 
 
 def _recorder(
@@ -237,7 +253,7 @@ def _recorder(
     return write
 
 
-def _inputs(subject: Subject, source: Source | None) -> tuple[dict[str, Any], ...]:
+def _inputs(subject: Subject, source: str | None) -> tuple[dict[str, Any], ...]:
     found = []
     if subject.manifest is not None:
         found.append(describe_release(subject.manifest))
@@ -245,7 +261,7 @@ def _inputs(subject: Subject, source: Source | None) -> tuple[dict[str, Any], ..
         from flamingo_ckpt.formats import open_checkpoint
 
         try:
-            found.append(describe_release(open_checkpoint(source.uri)))
+            found.append(describe_release(open_checkpoint(source)))
         except CkptError:
             pass  # told by the check of bits
     return tuple(found)

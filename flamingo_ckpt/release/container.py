@@ -83,7 +83,7 @@ def wanted_mode(file: ReleaseFile) -> int | None:
 def _strays(subject: Subject) -> Iterator[Finding]:
     read = subject.read_files
     for file in subject.files:
-        if not file.is_regular:
+        if not file.is_regular and file.is_here:
             if not file.is_link:
                 yield _stray(file, "error", "is neither a file nor a folder", "remove it")
             continue

@@ -55,6 +55,8 @@ class ReleaseFile:
         is_link: whether it is a symbolic link.
         is_regular: whether it is a regular file, or a link to one.
         leads_out: whether it is a link to somewhere outside the folder.
+        is_here: whether it is on this machine; of a file that stayed on the hub only the name and
+            the size are known.
     """
 
     path: str
@@ -64,6 +66,7 @@ class ReleaseFile:
     is_link: bool = False
     is_regular: bool = True
     leads_out: bool = False
+    is_here: bool = True
 
     @property
     def name(self) -> str:
@@ -146,9 +149,19 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
+def not_here(path: str, num_bytes: int) -> ReleaseFile:
+    """A file of a repository that was not downloaded."""
+    return ReleaseFile(
+        path=path, full="", num_bytes=num_bytes, mode=0o644, is_regular=False, is_here=False
+    )
+
+
 def _describe(root: str, full: str, path: str) -> ReleaseFile:
     there = os.lstat(full)
     is_link = stat.S_ISLNK(there.st_mode)
+    if is_link and is_of_cache(root, full):
+        full, is_link = os.path.realpath(full), False
+        there = os.lstat(full)
     leads_out = False
     if is_link:
         real_root, real = os.path.realpath(root), os.path.realpath(full)
@@ -169,6 +182,15 @@ def _describe(root: str, full: str, path: str) -> ReleaseFile:
         is_regular=stat.S_ISREG(there.st_mode),
         leads_out=leads_out,
     )
+
+
+def is_of_cache(root: str, full: str) -> bool:
+    """Whether a link is one of the hub's cache, which keeps content in `blobs` beside snapshots."""
+    parts = os.path.abspath(root).split(os.sep)
+    if "snapshots" not in parts:
+        return False
+    home = os.sep.join(parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
+    return os.path.dirname(os.path.realpath(full)) == os.path.join(os.path.realpath(home), "blobs")
 
 
 def digest_of(path: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:

@@ -44,6 +44,8 @@ def check_safety(subject: Subject) -> Outcome:
         findings += _name(file)
         if file.is_link:
             findings.append(_link(file))
+        if not file.is_here:
+            findings += _by_name(file)
         if not file.is_regular or file.leads_out:
             continue
         findings += _pickle(file, subject)
@@ -113,6 +115,21 @@ def _link(file: ReleaseFile) -> Finding:
         hint="put the file itself there",
         data={"file": file.path},
     )
+
+
+def _by_name(file: ReleaseFile) -> Iterator[Finding]:
+    """Of a file that stayed on the hub; who downloads the repository gets it."""
+    code = "FC508" if file.is_code else "FC507" if file.may_be_pickle else None
+    if code is not None:
+        what = "a program, a script or a notebook" if file.is_code else "a pickle"
+        yield Finding(
+            code=code,
+            severity="warning",
+            key=file.path,
+            detail=f"`{escape(file.path)}` is {what} by its name; it was not downloaded",
+            hint="`flamingo-ckpt pull` with an --include of it gets it to be looked at",
+            data={"file": file.path},
+        )
 
 
 def _pickle(file: ReleaseFile, subject: Subject) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from flamingo_ckpt.diff.sides import Side, checkpoint_side
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.hub import LocalCopy, parse_uri
 from flamingo_ckpt.models.head_counts import head_counts
-from flamingo_ckpt.release.folder import ReleaseFile, list_files
+from flamingo_ckpt.release.folder import ReleaseFile, list_files, not_here
 from flamingo_ckpt.tensors import Manifest
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def open_subject(
     root = os.path.dirname(uri) or "." if uri.endswith(".index.json") else uri
     if not os.path.exists(root):
         raise CkptError(f"there is no `{root}`", code="FC002", where=root)
-    files = list_files(root, skip)
+    files = _files_of(uri, root, skip)
     facts: dict[str, Any] = {
         "uri": uri,
         "root": root,
@@ -130,6 +131,19 @@ def open_subject(
         except CkptError as error:
             facts["unreadable"] = error
     return Subject(**facts)
+
+
+def _files_of(uri: str, root: str, skip: Collection[str]) -> tuple[ReleaseFile, ...]:
+    """What is there; of a copy from the hub what was downloaded, and by name what was not."""
+    found = list_files(root, skip)
+    if not isinstance(uri, LocalCopy) or not uri.files:
+        return found
+    place = parse_uri(uri.uri).path
+    inside = place + "/" if place and os.path.isdir(root) else ""
+    wanted = {one.removeprefix(inside) for one in uri.files}
+    left = [not_here(path.removeprefix(inside), size) for path, size in uri.left]
+    kept = [one for one in found if one.path in wanted] if os.path.isdir(root) else list(found)
+    return tuple(sorted([*kept, *left], key=lambda one: one.path))
 
 
 def _configs(root: str, named: str | None) -> dict[str, Any]:
