@@ -31,6 +31,7 @@ class Difference:
     """Where two tensors of the same dtype and shape differ, and how.
 
     Attributes:
+        dtype: of both.
         num_different: elements whose bits differ.
         index: of the first, in row-major order, as a tuple.
         expected: its bits in the derived tensor, hexadecimal, most significant digit first.
@@ -46,6 +47,7 @@ class Difference:
             `{ours}` and `{theirs}`; "" where nothing is.
     """
 
+    dtype: str
     num_different: int
     index: tuple[int, ...]
     expected: str
@@ -100,6 +102,7 @@ class Tally:
             return None
         index, expected, found = self._first
         return Difference(
+            dtype=self._dtype.name,
             num_different=self._num_different,
             index=index,
             expected=expected,
@@ -301,7 +304,10 @@ def facts_of(found: Difference, ours: str, theirs: str) -> dict[str, Any]:
         ours: what to call an element of the first, such as `the expected value`.
         theirs: what to call one of the second.
     """
-    facts: dict[str, Any] = {"num_elements_different": found.num_different}
+    facts: dict[str, Any] = {
+        "dtype": found.dtype,
+        "num_elements_different": found.num_different,
+    }
     if found.bits_flipped:
         facts["bits_flipped"] = list(found.bits_flipped)
     if found.max_ulp is not None:

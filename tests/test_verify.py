@@ -104,6 +104,7 @@ def test_negative_zero_and_nan_payloads_are_bits(tmp_path: Path) -> None:
     outcome = changed(tmp_path, change)
     (finding,) = outcome.document["findings"]
     assert finding["data"] == {
+        "dtype": "F32",
         "num_elements_different": 2,
         "first_index": [0],
         "expected_bits": "7fc00000",

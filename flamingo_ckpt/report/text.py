@@ -38,6 +38,8 @@ _RENDERERS: Mapping[str, tuple[str, str]] = {
     "layouts": ("layouts_text", "render_layouts"),
     "explain": ("explain_text", "render_explain"),
     "check": ("check_text", "render_check"),
+    "pull": ("transfer_text", "render_pull"),
+    "push": ("transfer_text", "render_push"),
 }
 
 

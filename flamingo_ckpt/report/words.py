@@ -125,6 +125,25 @@ def _check(report: Report) -> str:
     return f"{word}: {', '.join(counts) or 'nothing was found'}"
 
 
+def _pull(report: Report) -> str:
+    files = count(report.summary["num_files"], "file")
+    if report.extra["dry_run"]:
+        return f"would pull {files}; nothing was written"
+    return f"pulled {files} of commit {escape(str(report.extra['commit']))[:12]}, each as listed"
+
+
+def _push(report: Report) -> str:
+    summary, extra = report.summary, report.extra
+    files = count(summary["num_sent"], "file")
+    unchecked = "" if extra["checked"] else ", unchecked"
+    if extra["dry_run"]:
+        return f"would push {files}{unchecked}; nothing was sent"
+    if not summary["num_sent"]:
+        return "nothing to send: every file is there already"
+    how = "as a pull request" if extra["pull_request"] else "to the branch"
+    return f"pushed {files} {how}{unchecked}"
+
+
 _SENTENCES = {
     "inspect": _inspect,
     "convert": _convert,
@@ -132,6 +151,8 @@ _SENTENCES = {
     "diff": _diff,
     "layouts": _layouts,
     "check": _check,
+    "pull": _pull,
+    "push": _push,
 }
 
 
