@@ -19,7 +19,7 @@ from flamingo_ckpt.cli.options import (
     verb,
 )
 from flamingo_ckpt.cli.output import Output
-from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.report.document import Report
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
     subject = _open(chosen, out)
     fixes, subject = _fixed(subject, chosen, out)
     source = _source(subject, chosen)
+    notes: list[Finding] = []
     with out.status() as say:
         result = check_release(
             subject,
@@ -86,7 +87,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
             source=source,
             level=chosen["level"],
             watch=Watch(say=say, on_bytes=_Counters(say)),
-            between=_recorder(subject, source, chosen, out) if chosen["record"] else None,
+            between=_recorder(subject, chosen, out, notes) if chosen["record"] else None,
         )
     return Report(
         command="check",
@@ -95,7 +96,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
         exit_code=result.exit_code,
         inputs=_inputs(subject, chosen["source"]),
         summary=result.summary(),
-        findings=result.findings,
+        findings=(*result.findings, *notes),
         duration_seconds=time.monotonic() - started,
         extra={
             "level": result.level,
@@ -236,16 +237,30 @@ def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
 
 
 def _recorder(
-    subject: Subject, source: Source | None, chosen: dict[str, Any], out: Output
+    subject: Subject, chosen: dict[str, Any], out: Output, notes: list[Finding]
 ) -> Callable[[list[Outcome]], Subject]:
     """What writes the record once bits and behaviour are judged, and before the card is read."""
 
     def write(made: list[Outcome]) -> Subject:
+        from flamingo_ckpt.formats import open_checkpoint
         from flamingo_ckpt.release.record import record_of, write_record
 
-        assert source is not None
-        record = record_of(made, source.uri)
+        source = open_checkpoint(
+            chosen["source"],
+            wrapper_key=chosen["wrapper_key"],
+            npy_bfloat16=chosen["npy_bfloat16"],
+        )
+        record = record_of(made, source)
         if record is None or not subject.is_folder:
+            notes.append(
+                Finding(
+                    code="FC611",
+                    severity="info",
+                    detail="the conversion record was not written: the weights are not as the "
+                    "source gives them, or SRC is no folder",
+                    data={"check": "card"},
+                )
+            )
             return subject
         write_record(os.path.join(subject.root, "README.md"), record)
         return _open(chosen, out)

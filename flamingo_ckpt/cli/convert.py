@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +20,7 @@ from flamingo_ckpt.cli.options import (
     verb,
 )
 from flamingo_ckpt.cli.output import Output
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.report.document import Report
 
 if TYPE_CHECKING:
@@ -61,6 +64,11 @@ Examples:
     is_flag=True,
     help="Write a digest of the content and the tool's version into the metadata.",
 )
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Write source, map and verdict into the conversion record of DST's card.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DST, atomically.")
 @click.option(
@@ -95,6 +103,8 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         record_source=chosen["record_source"],
     )
     write = plan_write(plan, chosen["dst"], options, prepared.generated)
+    if chosen["record"]:
+        _check_record(write, chosen)
     extra: dict[str, Any] = {
         "dst": chosen["dst"],
         "format": write.format,
@@ -113,6 +123,8 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         summary = summary_of(plan, planned_files(plan, write), 0)
     else:
         summary = _run(plan, write, options, chosen["wants_verify"], out, findings, extra)
+        if chosen["record"]:
+            _write_record(plan, write, extra, summary)
     lossy = any(finding.severity == "error" for finding in findings)
     return Report(
         command="convert",
@@ -125,6 +137,37 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         duration_seconds=time.monotonic() - started,
         extra=extra,
     )
+
+
+def _check_record(write: WritePlan, chosen: Mapping[str, Any]) -> None:
+    if not write.is_folder:
+        raise CkptError(
+            "--record: a single file has no card", code="FC006", hint="name a folder as DST"
+        )
+    if not chosen["wants_verify"]:
+        raise CkptError(
+            "--record with --no-verify: there is nothing proven to write",
+            code="FC006",
+            hint="leave one out",
+        )
+
+
+def _write_record(
+    plan: Plan, write: WritePlan, extra: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """What was just proven, into the card that came along, or into a new one."""
+    from flamingo_ckpt.release.record import make_record, source_of, write_record
+
+    layout = extra["layout"]
+    verified, cast = summary["verified"], summary["cast"]
+    record = make_record(
+        source=source_of(plan.source),
+        content=extra["source_digest"],
+        layouts=(layout["from"], layout["to"]) if layout else None,
+        verify={"verdict": "pass", "bit_exact": verified - cast, "cast": cast},
+        parity={"verdict": "not run"},
+    )
+    write_record(os.path.join(write.dst, "README.md"), record)
 
 
 def _run(

@@ -46,7 +46,8 @@ def check_bits(
     from flamingo_ckpt.verify import summary_of, verify
 
     try:
-        result = verify(source.make_plan(), subject.manifest, on_bytes)
+        plan = source.make_plan()
+        result = verify(plan, subject.manifest, on_bytes)
     except CkptError as error:
         return failed("bits", error)
     equal, cast = len(result.bit_exact), len(result.cast)
@@ -63,8 +64,14 @@ def check_bits(
         sentence=sentence,
         findings=result.findings,
         is_skipped=bool(result.unverified),
-        details={"bits": {"summary": summary_of(result)}},
+        details={"bits": {"summary": summary_of(result)}, "layouts": _layouts(plan)},
     )
+
+
+def _layouts(plan: Plan) -> tuple[str, str] | None:
+    if plan.layout is None or plan.target is None:
+        return None
+    return plan.layout.layout.name, plan.target.name
 
 
 def check_parity(

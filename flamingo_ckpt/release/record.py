@@ -13,9 +13,11 @@ from typing import Any, Final
 
 from flamingo_ckpt import __version__
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.formats.source import FileSource
+from flamingo_ckpt.release.folder import digest_of
 from flamingo_ckpt.release.result import Outcome
 from flamingo_ckpt.release.yaml_text import load_yaml
-from flamingo_ckpt.tensors import escape
+from flamingo_ckpt.tensors import Manifest, escape
 
 _BEGIN: Final = "<!-- flamingo-ckpt conversion record: begin -->"
 _END: Final = "<!-- flamingo-ckpt conversion record: end -->"
@@ -26,9 +28,25 @@ _NOTE: Final = "# written by flamingo-ckpt, which rewrites it in place; do not e
 _MAX_RECORD = 64 << 10
 
 
+def source_of(manifest: Manifest) -> dict[str, Any]:
+    """Name and SHA-256 of what a release was made from; of a local path the last part only.
+
+    Raises:
+        CkptError: FC002 where a file cannot be read any more.
+    """
+    uri = manifest.uri
+    named = uri if "://" in uri else os.path.basename(os.path.abspath(uri))
+    files = {
+        os.path.basename(one.path): digest_of(one.path)
+        for one in manifest.sources
+        if isinstance(one, FileSource)
+    }
+    return {"name": escape(named), "sha256": {escape(name): files[name] for name in sorted(files)}}
+
+
 def make_record(
     *,
-    source: str,
+    source: Mapping[str, Any],
     content: str,
     layouts: tuple[str, str] | None = None,
     verify: Mapping[str, Any] | None = None,
@@ -37,17 +55,15 @@ def make_record(
     """The fields of a record.
 
     Args:
-        source: URI of what the release was made from; of a local path the last part only, since
-            the card is public.
+        source: as `source_of` gives it.
         content: digest of all weights, as `content_digest` gives it.
         layouts: names of the layouts that the map led from and to.
         verify: verdict of the comparison of bits.
         parity: verdict of the comparison of what both compute.
     """
-    named = source if "://" in source else os.path.basename(source.rstrip("/"))
     record: dict[str, Any] = {
         "tool": f"flamingo-ckpt {__version__}",
-        "source": escape(named),
+        "source": dict(source),
         "content": content,
     }
     if layouts is not None:
@@ -59,7 +75,7 @@ def make_record(
     return record
 
 
-def record_of(outcomes: Sequence[Outcome], source: str) -> dict[str, Any] | None:
+def record_of(outcomes: Sequence[Outcome], source: Manifest) -> dict[str, Any] | None:
     """The record of what checks have shown; None where the weights are not what they should be."""
     made = {one.name: one for one in outcomes}
     bits, values, parity = made["bits"], made["values"], made["parity"]
@@ -69,8 +85,9 @@ def record_of(outcomes: Sequence[Outcome], source: str) -> dict[str, Any] | None
     counts = bits.details.get("bits", {}).get("summary")
     verify = {"verdict": bits.status, **{name: counts[name] for name in ("bit_exact", "cast")}}
     return make_record(
-        source=source,
+        source=source_of(source),
         content=content,
+        layouts=bits.details.get("layouts"),
         verify=verify if counts is not None and bits.status == "pass" else {"verdict": "not run"},
         parity=_parity(parity),
     )
