@@ -81,7 +81,11 @@ class Uploads(_Base):
         if repo_id in self.hub.repositories:
             self._refuse(409, "", "You already created this repo")
             return
-        self.hub.push(repo_id, {".gitattributes": b"* text\n"}, private=bool(asked.get("private")))
+        self.hub.push(
+            repo_id,
+            {".gitattributes": b"* text\n"},
+            private=asked.get("visibility") == "private" or bool(asked.get("private")),
+        )
         self._send_json({"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id})
 
     def _preupload(self, repo_id: str, revision: str, asked: dict[str, Any]) -> None:

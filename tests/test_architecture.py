@@ -60,12 +60,14 @@ ALLOWED: dict[str, set[str]] = {
     "release": GROUND
     | {"formats", "layouts", "plan", "selection", "bases", "vocabulary", "map_plan", "stream"}
     | {"models", "hub", "diff", "prepare", "verify", "parity", "loading", "inspection", ""},
+    # whole releases from the hub and to it
+    "transfer": GROUND | {"formats", "hub", ""},
     # the version of the tool is part of every document
     "report": GROUND | {"codes", ""},
     "cli": GROUND
     | {"formats", "layouts", "plan", "stream", "write_plan", "convert", "verify", "inspection"}
     | {"models", "report", "selection", "bases", "prepare", "diff", "parity", "hub", "release"}
-    | {"codes", ""},
+    | {"codes", "transfer", ""},
     # the loaders, on demand
     "": {"loading"},
     "__main__": {"cli"},

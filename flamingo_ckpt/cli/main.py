@@ -21,6 +21,7 @@ from flamingo_ckpt.errors import CkptError
 #: verb -> module under `flamingo_ckpt.cli`; imported only when it is asked for.
 VERBS = (
     *("inspect", "convert", "verify", "diff", "parity", "check"),
+    *("pull", "push"),
     *("layouts", "explain", "manifest", "sign", "verify-signature", "report"),
 )
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143

@@ -90,10 +90,15 @@ class Output:
         stream = sys.stdout if stdout else sys.stderr
         return stream.isatty() and not os.environ.get("NO_COLOR")
 
+    @property
+    def draws(self) -> bool:
+        """Whether progress is drawn on stderr."""
+        return not self.json and not self.quiet and self.progress and sys.stderr.isatty()
+
     @contextmanager
     def status(self) -> Iterator[Callable[[str], None]]:
         """A line on stderr that tells what is done, only on a terminal."""
-        if self.json or self.quiet or not self.progress or not sys.stderr.isatty():
+        if not self.draws:
             yield lambda _: None
             return
         from rich.console import Console
@@ -105,7 +110,7 @@ class Output:
     @contextmanager
     def progress_bar(self, phases: Sequence[tuple[str, int]]) -> Iterator[Progress]:
         """A bar per phase on stderr, only on a terminal."""
-        if self.json or self.quiet or not self.progress or not sys.stderr.isatty():
+        if not self.draws:
             yield Progress(None)
             return
         from rich.console import Console

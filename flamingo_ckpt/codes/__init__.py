@@ -64,7 +64,7 @@ THEME_OF: Final = MappingProxyType({one.code: theme for theme in THEMES for one 
 #: What no policy lets pass: code that could run, files from elsewhere, the policy's own faults.
 UNWAIVABLE: Final = frozenset({"FC501", "FC502", "FC503", "FC620", "FC621", "FC623"})
 #: Of the themes that `check` is about, but told by `push`.
-_OF_PUSH = frozenset({"FC630", "FC631"})
+_OF_PUSH = frozenset({"FC609", "FC630", "FC631"})
 
 
 def is_of_check(code: str) -> bool:

@@ -46,8 +46,8 @@ CODES = (
         meaning="The connection failed, or the hub answered with a status that says nothing of the "
         "file: it is overloaded, asks for more patience than a command should have, or broke off "
         "again and again. What may pass was tried several times.",
-        hint="Check the connection, the proxy and HF_ENDPOINT, and run the same command again: what "
-        "a download has brought so far is kept.",
+        hint="Check the connection, the proxy and HF_ENDPOINT, and run the same command again: "
+        "what a download has brought so far is kept.",
     ),
     Code(
         "FC475",

@@ -170,4 +170,33 @@ CODES = (
         meaning="What kept a check from running, in the words of the verb that it would have used.",
         hint="Give it what it names.",
     ),
+    Code(
+        "FC609",
+        "error",
+        "report is of other bytes",
+        meaning="The report of the check lists other files than the folder has, or the same names "
+        "with another SHA-256: something changed after the check. What would go up is not what "
+        "was checked, so nothing goes up.",
+        hint="Check the folder again and push with the new report.",
+    ),
+    Code(
+        "FC630",
+        "error",
+        "no passing report",
+        meaning="A push needs the report of a check of this folder that passed (exit 0) and read "
+        "every byte. There is none, it is of another verb, it failed, or only headers were read.",
+        hint="`flamingo-ckpt check DIR --output report.json`, then `push` with `--report "
+        "report.json`. `--no-check` goes without, and says so in the commit for everyone to read.",
+    ),
+    Code(
+        "FC631",
+        "error",
+        "not among the files that the check saw",
+        meaning="The folder has a file that the report does not list. A file that nobody checked "
+        "does not go up beside those that were.\n\n"
+        "As a warning it is about weights or an index that the repository keeps from before, and "
+        "this release does not have: readers may load them instead.",
+        hint="Check the folder again, or take the file out of it. What stays in the repository is "
+        "deleted there.",
+    ),
 )

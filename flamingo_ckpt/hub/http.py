@@ -140,7 +140,7 @@ class Http:
             response = self._send(url, headers)
             try:
                 here = {name.lower(): value for name, value in response.headers.items()}
-                if _origin(url) == _origin(self.endpoint):
+                if origin(url) == origin(self.endpoint):
                     told = {**told, **here}
                 target = here.get("location")
                 if response.status_code in _REDIRECTS and target:
@@ -161,7 +161,7 @@ class Http:
     def _send(self, url: str, headers: Mapping[str, str]) -> Any:
         from huggingface_hub import get_session
 
-        own = self._headers() if _origin(url) == _origin(self.endpoint) else {}
+        own = self._headers() if origin(url) == origin(self.endpoint) else {}
         client = get_session()
         # A compressed body could not be told apart from a wrong one.
         sent = {**own, "Accept-Encoding": "identity", **headers}
@@ -261,7 +261,8 @@ def _passing(error: Exception) -> Again | None:
     return None
 
 
-def _origin(url: str) -> tuple[str, str, int | None]:
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port: where a token may go, or may not."""
     parts = urlsplit(url)
     default = {"https": 443, "http": 80}.get(parts.scheme)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or default
