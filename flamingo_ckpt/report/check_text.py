@@ -7,10 +7,11 @@ from typing import Any
 
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.report.document import Report
+from flamingo_ckpt.report.words import sentence
 from flamingo_ckpt.tensors import escape
 
 
-def render_check(report: Report, *, verbose: bool) -> list[str]:
+def render_check(report: Report, *, verbose: bool = False) -> list[str]:
     """One line a check, waivers and fixes, findings, and the verdict last."""
     from flamingo_ckpt.report.text import render_findings  # which knows this module's name
 
@@ -33,29 +34,7 @@ def render_check(report: Report, *, verbose: bool) -> list[str]:
         )
     lines += _fixes(report.extra["fixes"])
     found = render_findings(report.findings, verbose)
-    return [*lines, "", *found, *([""] if found else []), _verdict_line(report)]
-
-
-def _verdict_line(report: Report) -> str:
-    """What it comes to."""
-    summary = report.summary
-    missing = sum(finding.code == "FC623" for finding in report.findings)
-    parts = [_count(summary["errors"], "error"), _count(summary["warnings"] - missing, "warning")]
-    if summary["waived"]:
-        parts.append(f"{summary['waived']} waived")
-    if missing:
-        parts.append(f"{_count(missing, 'required check')} not run")
-    idle = summary["skipped"] - missing
-    if idle:
-        parts.append(f"{_count(idle, 'other check' if missing else 'check')} not run")
-    word = {
-        "pass": "ready",
-        "fail": "not ready",
-        "incomplete": "incomplete",
-    }[report.verdict]
-    if report.verdict == "pass" and report.extra["level"] == "headers":
-        word = "ready as far as headers tell"
-    return f"{word}: " + ", ".join(parts)
+    return [*lines, "", *found, *([""] if found else []), sentence(report)]
 
 
 def _codes(findings: Sequence[Finding], check: str) -> list[str]:
@@ -77,7 +56,3 @@ def _fixes(fixes: Sequence[Mapping[str, Any]]) -> list[str]:
     if not fixes[0]["applied"]:
         told.append("  nothing was changed; --fix --yes does it")
     return told
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
