@@ -22,6 +22,11 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Golden reports are made by running the verbs."""
+    parser.addoption("--update-goldens", action="store_true", help="write the golden reports again")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _importable_oracles() -> None:
     """open_clip, timm and transformers' CLIP, whichever test comes first and imports one."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flamingo_ckpt.cli.main import run
 from flamingo_ckpt.formats import open_checkpoint
 from flamingo_ckpt.formats.extract import BLOCK_BYTES, read_blocks
+from flamingo_ckpt.report.schema import first_problem
 from flamingo_ckpt.tensors import Manifest, TensorInfo
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ class Outcome(NamedTuple):
 
     @property
     def document(self) -> dict[str, Any]:
-        """stdout as the one JSON document that it must be."""
+        """stdout as the one JSON document that it must be, which fits the schema of reports."""
         parsed = json.loads(self.out)
         assert isinstance(parsed, dict)
+        assert first_problem(parsed) is None, first_problem(parsed)
         return parsed
 
     @property

@@ -16,6 +16,7 @@ from tests import zoo
 from tests.cli.test_contract import check_document
 from tests.parity.planting import embedding
 from tests.parity.sides import CLIP_STAGES, FLAMINGO_STAGES, Pair, Sides, without_garbage
+from tests.report import goldens
 from tests.support import FIXTURES, Outcome, cli, tree
 
 PASS_FIELDS = {
@@ -66,7 +67,9 @@ def faulty(pair: Pair) -> Path:
 # --- exit codes -----------------------------------------------------------------------------------
 
 
-def test_two_that_agree_are_0_and_two_that_differ_are_1(sides: Sides, scratch: Path) -> None:
+def test_two_that_agree_are_0_and_two_that_differ_are_1(
+    sides: Sides, scratch: Path, request: pytest.FixtureRequest
+) -> None:
     pair = sides.clip()
     planted = faulty(pair)
     before = tree(sides.folder)
@@ -74,6 +77,10 @@ def test_two_that_agree_are_0_and_two_that_differ_are_1(sides: Sides, scratch: P
     assert (good.code, good.document["verdict"], good.codes) == (0, "pass", [])
     assert (bad.code, bad.document["verdict"]) == (1, "fail")
     assert set(bad.codes) == {"FC301", "FC480", "FC483"}
+    for name, outcome in (("parity", good), ("parity-fail", bad)):
+        if request.config.getoption("--update-goldens"):
+            text = outcome.out.replace(str(sides.folder), "TMP").replace(str(scratch), "TMP")
+            goldens.write(name, goldens.normal(json.loads(text)))
     for outcome, b in ((good, pair.b), (bad, planted)):
         told = [(one["uri"], one["layout"]) for one in outcome.document["inputs"]]
         assert told == [(str(pair.a), "open_clip"), (str(b), "hf-clip")]
