@@ -11,6 +11,7 @@ is written down, and the server can be told to misbehave.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -207,6 +208,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets, and the second would wait
 
     def log_message(self, *_: object) -> None:
         pass
@@ -364,6 +366,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
 
 
+@functools.lru_cache(maxsize=64)
 def sha256_of(content: Content) -> str:
     """The digest of a file; of a hollow one, of what is written down of it."""
     if isinstance(content, Hollow):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from flamingo_ckpt import hub
 from flamingo_ckpt.errors import CkptError
-from tests.hub_server import HubServer, serving
+from tests.hub_server import HubServer
 
 REPO = "someone/model"
 FILES = {
@@ -22,12 +21,6 @@ FILES = {
     "code.py": b"raise SystemExit",
     "weights.pt": bytes(range(256)) * 1024,
 }
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with serving(monkeypatch) as running:
-        yield running
 
 
 @pytest.fixture
@@ -188,20 +181,3 @@ def test_nobody_there(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.stdout.startswith("FC474 cannot download `c.pt` of `a/b`: ConnectError"), done
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("openflamingo/OpenFlamingo-3B-vitl-mpt1b", True),
-        ("gpt2", True),
-        ("a/b/c", False),
-        ("./a", False),
-        ("/a/b", False),
-        ("a/b.", False),
-        ("a b", False),
-        ("", False),
-    ],
-)
-def test_what_can_be_a_repository(text: str, wanted: bool) -> None:
-    assert hub.is_repo_id(text) is wanted
