@@ -59,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"models", "diff", "prepare", "loading"},
     "release": GROUND
     | {"formats", "layouts", "plan", "selection", "bases", "vocabulary", "map_plan", "stream"}
-    | {"models", "hub", "diff", "prepare", "verify", "parity", "loading", "inspection", ""},
+    | {"models", "hub", "diff", "prepare", "verify", "parity", "loading", "inspection"}
+    | {"codes", ""},
     # whole releases from the hub and to it
     "transfer": GROUND | {"formats", "hub", ""},
     # the version of the tool is part of every document
