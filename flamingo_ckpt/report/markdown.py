@@ -12,7 +12,7 @@ from flamingo_ckpt.tensors import escape
 
 def to_markdown(report: Report) -> str:
     """Headline, inputs, counts and every finding as tables; hostile text is escaped."""
-    lines = [f"# flamingo-ckpt {report.command}: {verdict_word(report)}", ""]
+    lines = [f"# flamingo-ckpt {prose(report.command)}: {verdict_word(report)}", ""]
     lines += [code("flamingo-ckpt " + " ".join(report.argv)), ""]
     if report.inputs:
         columns = ("uri", "format", "layout", "wrapper", "prefix", "num_tensors", "num_bytes")
