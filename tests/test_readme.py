@@ -38,6 +38,9 @@ def commands() -> Iterator[tuple[str, click.Command]]:
         command = cli.get_command(context, verb)
         assert command is not None
         yield verb, command
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                yield f"{verb} {name}", command.commands[name]
 
 
 def flags() -> list[tuple[str, str]]:
@@ -56,8 +59,10 @@ def mentions(text: str, flag: str) -> bool:
 
 
 def section(verb: str) -> str:
-    """The part of the README about one verb."""
-    found = re.search(rf"^### {verb} [A-Z\[].*?(?=^##)", README, re.MULTILINE | re.DOTALL)
+    """The part of the README about one verb, all of whose verbs it has where there are several."""
+    verb = verb.partition(" ")[0]
+    pattern = rf"^### {verb} (?:[a-z]+ )?[A-Z\[].*?(?=^##)"
+    found = re.search(pattern, README, re.MULTILINE | re.DOTALL)
     assert found is not None, f"the README has no section about {verb}"
     return found[0]
 
