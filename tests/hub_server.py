@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
             for depth in range(1, len(folders) + 1):
                 path = start + "/".join(folders[:depth])
                 entries[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-            entries[start + "/".join([*folders, last])] = _entry(name, content)
+            entries[start + "/".join([*folders, last])] = entry_of(name, content)
         if query.get("recursive") != ["true"]:
             entries = {one: e for one, e in entries.items() if "/" not in one.removeprefix(start)}
         at = int(query.get("cursor", ["0"])[0])
@@ -379,7 +379,8 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _entry(name: str, content: Content) -> dict[str, Any]:
+def entry_of(name: str, content: Content) -> dict[str, Any]:
+    """A file as a list of files tells it."""
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
     if name.endswith(LFS_SUFFIXES):
         digest = sha256_of(content)

@@ -50,12 +50,25 @@ class Uploads(_Base):
             self._send(200 if is_there else 404, b"{}", {})
         elif match := re.fullmatch(r"/api/models/(.+?)/preupload/(.+)", path):
             self._preupload(match[1], match[2], json.loads(body))
+        elif match := re.fullmatch(r"/api/models/(.+?)/paths-info/(.+)", path):
+            self._tell_paths(match[1], match[2], body)
         elif match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             self._batch(match[1], json.loads(body))
         elif match := re.fullmatch(r"/api/models/(.+?)/commit/(.+)", path):
             self._take_commit(match[1], match[2], body)
         else:
             self._send(404, b"", {})
+
+    def _tell_paths(self, repo_id: str, revision: str, body: bytes) -> None:
+        """A question that is asked by POST: what the mirror of `test_mirror.py` wants to know."""
+        from tests.hub_server import entry_of
+
+        found = self._commit(repo_id, revision)
+        if found is not None:
+            is_json = body.startswith(b"{")
+            paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode())["paths"]
+            files = found[1]
+            self._send_json([entry_of(path, files[path]) for path in paths if path in files])
 
     def _body(self) -> bytes:
         if self.headers.get("transfer-encoding") == "chunked":

@@ -11,6 +11,7 @@ from flamingo_ckpt import hub
 from flamingo_ckpt.formats.folder import WEIGHT_FILES, is_carried
 from flamingo_ckpt.formats.opening import is_index, open_checkpoint, read_source
 from flamingo_ckpt.formats.sharded import choose_files, open_folder, open_index_in, shards_in
+from flamingo_ckpt.hub.fetching import fetch_file
 from flamingo_ckpt.hub.listing import HubFile
 from flamingo_ckpt.hub.remote import list_all, open_remote
 from flamingo_ckpt.tensors import ByteSource, Manifest
@@ -123,7 +124,7 @@ def plan_fetch(uri: str) -> Fetch | None:
         return None
     folder, listing, name = list_all(hub.parse_uri(uri), uri)
     index, names = choose_files(folder) if name is None else (None, [name])
-    if name is not None and is_index(folder.open(name)):
+    if name is not None and name.endswith(".json") and is_index(folder.open(name)):
         index = name
     if index is not None:
         names = [index, *shards_in(folder, index)]
@@ -177,9 +178,7 @@ def fetch(
 
     root = ""
     for one in plan.files:
-        path = hub.download(
-            plan.place.repo_id, one.path, revision=plan.place.revision, on_bytes=count
-        )
+        path = fetch_file(plan.place, one, count)
         root = path.removesuffix(one.path).rstrip("/")
     hub.remember_revision(root, hub.parse_uri(uri).revision)
     remote = _remote(plan.place, moved[0], plan.num_bytes, plan.num_requests)

@@ -233,9 +233,11 @@ def check_contained(folder: str, path: str) -> None:
     """A symbolic link may lead within the folder, or into the blobs of the hub cache above it."""
     real_folder, real = os.path.realpath(folder), os.path.realpath(path)
     allowed = [real_folder]
-    snapshots = os.path.dirname(real_folder)
-    if os.path.basename(snapshots) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    at = real_folder
+    while at != (above := os.path.dirname(at)):  # the folder of a commit, or one below it
+        if os.path.basename(above) == "snapshots":
+            allowed.append(os.path.join(os.path.dirname(above), "blobs"))
+        at = above
     if not any(os.path.commonpath([root, real]) == root for root in allowed):
         raise UnsafeError(
             f"`{escape(os.path.basename(path))}` is a link that leads out of the folder",

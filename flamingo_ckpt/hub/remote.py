@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -81,6 +81,44 @@ class RemoteSource:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
         buffer[:] = self.read(offset, len(buffer))
+
+    def stream(self, begin: int, write: Callable[[bytes], None]) -> None:
+        """Everything from `begin` to the end, in pieces as they arrive; nothing is kept.
+
+        A server that knows no ranges is made use of all the same: what comes twice is dropped.
+
+        Raises:
+            CkptError: as `read`.
+        """
+        at = begin
+
+        def attempt() -> None:
+            nonlocal at
+            started = at
+            headers = {"Range": f"bytes={at}-{self.size - 1}"}
+            with self._http.get(self._store or self._resolve, headers, self._ask) as answer:
+                is_whole = answer.status == 200 and self._is_whole(answer)
+                self._check(answer, 0 if is_whole else at, self.size)
+                dropped = at if is_whole else 0
+                try:
+                    for chunk in answer.chunks:
+                        fresh = chunk[min(dropped, len(chunk)) :]
+                        dropped -= len(chunk) - len(fresh)
+                        if len(fresh) > self.size - at:
+                            raise failures.bad_answer(self._ask, "it is longer than was listed")
+                        write(fresh)
+                        at += len(fresh)
+                except Again:
+                    if at - started < _BLOCK_BYTES:
+                        raise
+            if at < self.size and at - started < _BLOCK_BYTES:
+                raise Again(f"the connection broke after {at} bytes")
+
+        while at < self.size:
+            self._http.persistently(attempt, self._ask)
+
+    def _is_whole(self, answer: Answer) -> bool:
+        return answer.headers.get("content-length") == str(self.size)
 
     def _gaps(self, first: int, end: int) -> list[tuple[int, int]]:
         """What of a range is not kept yet."""

@@ -25,6 +25,7 @@ from flamingo_ckpt.formats.staging import (
     staged_folder,
     write_synced,
 )
+from flamingo_ckpt.hub.fetching import fetch_file
 from flamingo_ckpt.hub.listing import HubFile
 from flamingo_ckpt.hub.remote import list_all
 from flamingo_ckpt.tensors import escape
@@ -111,7 +112,7 @@ def plan_pull(uri: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
     files = {one.path.removeprefix(start): one for one in listing.files}
     if name is not None:
         wanted = {name}
-        if is_index(folder.open(name)):
+        if name.endswith(".json") and is_index(folder.open(name)):
             wanted |= set(shards_in(folder, name))
         files = {path: one for path, one in files.items() if path in wanted}
     has_safetensors = any(path.endswith(".safetensors") for path in files)
@@ -197,7 +198,7 @@ def run_pull(
         on_bytes(num_bytes)
 
     # All are downloaded before anything is staged: what breaks off here is kept by the cache.
-    paths = {one.path: _download(plan, one, count, force=False) for one in plan.files}
+    paths = {one.path: fetch_file(plan.place, one.source, count) for one in plan.files}
     digests: dict[str, str] = {}
     with staged_folder(dst, overwrite=overwrite, keep=_keeps(dst)) as staging:
         check_space(staging, plan.num_bytes, dst)
@@ -206,7 +207,7 @@ def run_pull(
             os.makedirs(os.path.dirname(target), exist_ok=True)
             digest, is_right = copy_checked(paths[one.path], target, one.source)
             if not is_right:  # perhaps the cache is damaged: once more, from the hub
-                path = _download(plan, one, count, force=True)
+                path = fetch_file(plan.place, one.source, count, force=True)
                 digest, is_right = copy_checked(path, target, one.source)
             if not is_right:
                 raise _differs(plan, one, digest, os.path.getsize(target))
@@ -225,18 +226,6 @@ def _keeps(dst: str) -> Callable[[str], bool]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass  # no record, or none of ours
     return lambda name: name not in pulled and not WEIGHT_FILES.fullmatch(name)
-
-
-def _download(
-    plan: PullPlan, one: PullFile, on_bytes: Callable[[int], None], *, force: bool
-) -> str:
-    return hub.download(
-        plan.place.repo_id,
-        one.source.path,
-        revision=plan.place.revision,
-        on_bytes=on_bytes,
-        force=force,
-    )
 
 
 def _differs(plan: PullPlan, one: PullFile, digest: str, num_bytes: int) -> CkptError:
