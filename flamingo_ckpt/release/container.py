@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.release.folder import ReleaseFile
-from flamingo_ckpt.release.result import Outcome, failed
+from flamingo_ckpt.release.result import Outcome, failed, finding_of
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.tensors import escape
 
 _CODES = ("FC1", "FC202", "FC207")
+#: What the check of safety tells, also where it is why nothing could be read.
+OF_SAFETY = ("FC5",)
 #: Everybody may read a published file.
 _READABLE = 0o444
 _EXECUTABLE = 0o111
@@ -21,29 +24,35 @@ def check_container(subject: Subject) -> Outcome:
     findings = [*_modes(subject), *_strays(subject)]
     manifest = subject.manifest
     if manifest is None:
-        error = subject.unreadable
-        assert error is not None
-        outcome = failed("container", error)
-        return Outcome(
-            name="container",
-            sentence=outcome.sentence,
-            findings=(*outcome.findings, *findings),
-        )
+        assert subject.unreadable is not None
+        outcome = failed("container", subject.unreadable)
+        told = () if subject.unreadable.code.startswith(OF_SAFETY) else outcome.findings
+        return replace(outcome, findings=(*told, *findings))
     try:
         manifest.check()
-    except CkptError as error:
-        findings.append(error.as_finding())
-    findings += [one for one in manifest.findings if one.code.startswith(_CODES)]
-    if subject.unreadable is not None:  # it was read, and its names make no checkpoint
-        findings.append(subject.unreadable.as_finding())
-    told = [f"{_count(len(manifest.files), 'file')} of {manifest.format}, no holes, no overlaps"]
-    if manifest.details.get("index"):
-        told.append("index and headers agree")
-    told.append(f"{_count(len(subject.files), 'file')} in all")
-    sentence = ", ".join(told)
+    except CkptError as fault:
+        findings.append(finding_of(fault))
+    index = manifest.details.get("index")
+    for one in manifest.findings:
+        if one.code.startswith(_CODES):
+            is_of_index = one.code == "FC107" and one.key is None and index is not None
+            findings.append(_about(one, str(index)) if is_of_index else one)
+    error = subject.unreadable
+    if error is not None and not error.code.startswith(OF_SAFETY):
+        # it was read, and its names make no checkpoint
+        findings.append(finding_of(error))
+    sure = [f"{_count(len(manifest.files), 'file')} of {manifest.format}, no holes, no overlaps"]
+    if index:
+        sure.append("index and headers agree")
+    sure.append(f"{_count(len(subject.files), 'file')} in all")
+    sentence = ", ".join(sure)
     if findings:
-        sentence = f"{len(manifest.tensors)} tensors in {told[0].partition(',')[0]}"
+        sentence = f"{len(manifest.tensors)} tensors in {sure[0].partition(',')[0]}"
     return Outcome(name="container", sentence=sentence, findings=tuple(findings))
+
+
+def _about(finding: Finding, file: str) -> Finding:
+    return replace(finding, key=file, data={"file": file, **finding.data})
 
 
 def _count(number: int, noun: str) -> str:
@@ -97,6 +106,13 @@ def _strays(subject: Subject) -> Iterator[Finding]:
                 "warning",
                 "was left behind by a tool and is no part of a release",
                 "remove it",
+            )
+        elif file.is_archive:
+            yield _stray(
+                file,
+                "warning",
+                "is an archive, and nothing here looks at what is in it",
+                "put its files into the folder, or leave it out",
             )
         elif file.is_weights and subject.manifest is not None and "/" not in file.path:
             yield _stray(

@@ -5,11 +5,12 @@ Nothing is followed out of the folder and nothing is opened that is not a regula
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,9 +25,10 @@ NEVER_UPLOADED: Final = (".git", ".cache")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".gguf", ".h5")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 _CODE_SUFFIXES = (".py", ".pyc", ".ipynb", ".sh", ".bat", ".ps1", ".so", ".dll", ".exe", ".dylib")
-_TEXT_SUFFIXES = (
-    *(".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv", ".rst"),
-    *(".py", ".sh", ".jinja", ".ipynb", ".xml", ".html", ".env", ".log"),
+#: Of these every file is told, whatever its first bytes are: old protocols begin with any letter.
+_ALWAYS_PICKLE = (".pkl", ".pickle", ".joblib", ".dill")
+_ARCHIVE_SUFFIXES = frozenset(
+    {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".whl", ".jar", ".mar"}
 )
 #: What editors, systems, training and other tools leave behind, and no release wants.
 _LEFTOVERS = re.compile(
@@ -41,6 +43,11 @@ _LEFTOVER_FOLDERS = frozenset(
 )
 _HIDDEN_KEPT = frozenset({".gitattributes", ".gitignore", ".flamingo-pull.json"})
 _BLOCK = 1 << 20
+#: Of a file, so much is looked at to see whether it is a text.
+_SNIFFED = 8 << 10
+#: Texts are searched in pieces of this size; what is searched for is far shorter than an overlap.
+_WINDOW = 4 << 20
+_OVERLAP = 4 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +101,14 @@ class ReleaseFile:
         return self.suffix in _PICKLE_SUFFIXES
 
     @property
-    def is_text(self) -> bool:
-        """Whether people and tools read it as text."""
-        stem = self.name.lower()
-        return self.suffix in _TEXT_SUFFIXES or stem in ("readme", "license", ".env", "notice")
+    def is_surely_pickle(self) -> bool:
+        """Whether its name is one that nothing but pickles have."""
+        return self.suffix in _ALWAYS_PICKLE
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it holds other files, by its name."""
+        return self.suffix in _ARCHIVE_SUFFIXES
 
     @property
     def is_leftover(self) -> bool:
@@ -157,7 +168,14 @@ def not_here(path: str, num_bytes: int) -> ReleaseFile:
 
 
 def _describe(root: str, full: str, path: str) -> ReleaseFile:
-    there = os.lstat(full)
+    try:
+        there = os.lstat(full)
+    except OSError as error:  # it was there when the folder was listed
+        raise CkptError(
+            f"`{escape(path)}` is gone, or cannot be looked at: {error.strerror}",
+            code="FC007",
+            where=full,
+        ) from error
     is_link = stat.S_ISLNK(there.st_mode)
     if is_link and is_of_cache(root, full):
         full, is_link = os.path.realpath(full), False
@@ -230,7 +248,28 @@ def digests(
 
 def read_text(file: ReleaseFile, limit: int) -> str:
     """The text of a small file; what is not UTF-8 is replaced, what is beyond `limit` left."""
-    source = FileSource(file.full)
-    raw = source.read(0, min(source.size, limit))
-    source.close()
-    return raw.decode("utf-8", "replace")
+    with contextlib.closing(FileSource(file.full)) as source:
+        return source.read(0, min(source.size, limit)).decode("utf-8", "replace")
+
+
+def read_windows(file: ReleaseFile) -> Iterator[tuple[int, str]]:
+    """The text of a file of any size in windows that overlap, each with the line that it begins in.
+
+    Nothing is given of a file whose first bytes are those of no text.
+    """
+    with contextlib.closing(FileSource(file.full)) as source:
+        coding = _coding(source.read(0, min(source.size, _SNIFFED)))
+        at, line = 0, 1
+        while coding is not None and at < source.size:
+            raw = source.read(at, min(source.size - at, _WINDOW))
+            yield line, raw.decode(coding, "replace")
+            step = len(raw) if at + len(raw) == source.size else len(raw) - _OVERLAP
+            line += raw[:step].count(b"\n")
+            at += step
+
+
+def _coding(head: bytes) -> str | None:
+    """How a text is encoded, by its beginning; None where it is none."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return None if b"\0" in head else "utf-8"

@@ -19,24 +19,39 @@ _SECRETS: Final = (
     ("an AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     ("a Google API key", r"\bAIza[0-9A-Za-z_-]{35}"),
     ("a Slack token", r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"),
-    ("an API key", r"\bsk-(?:proj-|ant-|live_|test_)?[A-Za-z0-9_-]{32,}"),
+    ("an API key", r"\bsk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{32,}"),
     ("a package index token", r"\bpypi-[A-Za-z0-9_-]{50,}"),
     ("a private key", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
-    ("a JSON web token", r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
-    ("a password in an address", r"\b[a-z][a-z0-9+.-]{1,15}://[^\s/:@\"']{1,64}:[^\s/@\"']{3,64}@"),
+    (
+        "a JSON web token",
+        r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,2000}"
+        r"\.[A-Za-z0-9_-]{10,2000}",
+    ),
+    (
+        "a password in an address",
+        r"\b[a-z][a-z0-9+.-]{1,15}://[^\s/:@\"']{1,64}:(?P<word>[^\s/@\"']{3,64})@",
+    ),
     (
         "a value under a name of secrets",
-        r"[\"']?(?:[A-Za-z]+[_-])*(?:api[_-]?key|secret(?:[_-]?key)?|passwd|password"
-        r"|access[_-]?token|auth[_-]?token|wandb[_-]?key|hf[_-]?token)[\"']?\s*[:=]\s*"
-        r"[\"'](?![<{$])[^\"'\s]{12,}[\"']",
+        r"(?:api[_-]?key|secret(?:[_-]?key)?|passwd|password|access[_-]?token|auth[_-]?token"
+        r"|wandb[_-]?key|hf[_-]?token)[\"']?\s{0,8}[:=]\s{0,8}"
+        r"(?:[\"'](?P<quoted>[^\"'\s]{12,200})[\"']"
+        r"|(?P<bare>[A-Za-z0-9+/_-]{20,200})[ \t]{0,8}\r?$)",
     ),
 )
+#: Where people are shown what to write: `hf_xxxxxxxx`, `<token>`, `your-api-key`, `$HF_TOKEN`.
+_PLACEHOLDER: Final = re.compile(
+    r"[<{$]|(?:pass(?:word|wd)?|token|secret|user)$|x+$|\*+$"
+    r"|.*(?:your|example|placeholder|change_?me|redacted|dummy|\.\.\.)",
+    re.IGNORECASE,
+)
+_MIN_DISTINCT = 7
 _PATHS: Final = re.compile(
     r"(?<![\w./~:-])(?:/(?:home|Users|root|mnt|scratch|data|gpfs|lustre|nfs|fsx|workspace|tmp|admin)"
     r"/[\w.@+-]+(?:/[\w.@+-]+)*|[A-Za-z]:\\\\?Users\\\\?[\w.@+-]+)"
 )
 _COMPILED: Final = tuple(
-    (what, re.compile(pattern, re.IGNORECASE if "names" in what else 0))
+    (what, re.compile(pattern, re.IGNORECASE | re.MULTILINE if "names" in what else 0))
     for what, pattern in _SECRETS
 )
 _SHOWN = 6
@@ -62,7 +77,7 @@ def find_secrets(text: str) -> Iterator[Leak]:
     seen: set[int] = set()
     for what, pattern in _COMPILED:
         for match in pattern.finditer(text):
-            if match.start() in seen:
+            if match.start() in seen or _is_placeholder(match):
                 continue
             seen.add(match.start())
             yield Leak(what=what, shown=_masked(match[0]), line=_line(text, match.start()))
@@ -72,6 +87,17 @@ def find_paths(text: str) -> Iterator[Leak]:
     """Absolute paths of somebody's machine."""
     for match in _PATHS.finditer(text):
         yield Leak(what="a path", shown=match[0][:120], line=_line(text, match.start()))
+
+
+def _is_placeholder(match: re.Match[str]) -> bool:
+    """Whether it stands for a secret, and is none: words for readers, or one letter repeated."""
+    groups = match.groupdict()
+    value = next((one for one in groups.values() if one), match[0])
+    if groups and _PLACEHOLDER.match(value):
+        return True
+    if groups.get("bare") and not re.search(r"\d", value):
+        return True  # the name of a variable
+    return "word" not in groups and len(set(value)) < _MIN_DISTINCT
 
 
 def _masked(secret: str) -> str:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.source import FileSource
-from flamingo_ckpt.release.folder import ReleaseFile, read_text
+from flamingo_ckpt.release.container import OF_SAFETY
+from flamingo_ckpt.release.folder import ReleaseFile, read_windows
 from flamingo_ckpt.release.leaks import find_paths, find_secrets
-from flamingo_ckpt.release.result import Outcome
+from flamingo_ckpt.release.result import Outcome, finding_of
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.tensors import escape, has_control
 
-_CODES = ("FC5",)
-#: Of a text file, so much is searched; a tokenizer has some megabytes.
-_MAX_TEXT = 32 << 20
 #: Files that are vocabularies: what looks like a path or a token in them is a piece of text.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"})
 #: Programs by their first bytes, whatever their names are.
@@ -33,10 +32,10 @@ _MAX_PER_FILE = 5
 def check_safety(subject: Subject) -> Outcome:
     """Pickles, code, links, names, secrets and paths of machines, in every file."""
     findings: list[Finding] = []
-    if subject.unreadable is not None and subject.unreadable.code.startswith(_CODES):
-        findings.append(subject.unreadable.as_finding())
+    if subject.unreadable is not None and subject.unreadable.code.startswith(OF_SAFETY):
+        findings.append(finding_of(subject.unreadable))
     if subject.manifest is not None:
-        findings += [one for one in subject.manifest.findings if one.code.startswith(_CODES)]
+        findings += [one for one in subject.manifest.findings if one.code.startswith(OF_SAFETY)]
         findings += _tensor_names(subject)
         findings += _metadata(subject)
     texts = 0
@@ -50,9 +49,9 @@ def check_safety(subject: Subject) -> Outcome:
             continue
         findings += _pickle(file, subject)
         findings += _code(file)
-        if file.is_text:
-            texts += 1
-            findings += _leaks(file)
+        leaks = _leaks(file)
+        texts += leaks is not None
+        findings += leaks or []
     findings += _remote_code(subject)
     sentence = f"every file looked at ({len(subject.files)}), text searched ({texts})"
     if not findings:
@@ -78,9 +77,9 @@ def _metadata(subject: Subject) -> Iterator[Finding]:
     assert subject.manifest is not None
     for key, value in subject.manifest.metadata.items():
         where = f"the metadata `{escape(key)}`"
-        for leak in list(find_secrets(f"{key}={json.dumps(value)}\n{value}"))[:1]:
+        for leak in islice(find_secrets(f"{key}={json.dumps(value)}\n{value}"), 1):
             yield _secret(f"{where} holds what looks like {leak.what}: {leak.shown}", key)
-        for leak in list(find_paths(value))[:1]:
+        for leak in islice(find_paths(value), 1):
             yield _machine(f"{where} holds a path of a machine: `{escape(leak.shown)}`", key)
 
 
@@ -136,7 +135,7 @@ def _pickle(file: ReleaseFile, subject: Subject) -> Iterator[Finding]:
     head = _head(file)
     is_torch = file.may_be_pickle and head[:2] in (b"PK", b"\x80\x02")
     is_pickle = head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5 and file.suffix != ".npz"
-    if not (is_torch or is_pickle):
+    if not (is_torch or is_pickle or file.is_surely_pickle):
         return
     is_read = file.path in subject.read_files
     has_safe = any(one.suffix == ".safetensors" for one in subject.files)
@@ -174,15 +173,16 @@ def _code(file: ReleaseFile) -> Iterator[Finding]:
 
 def _remote_code(subject: Subject) -> Iterator[Finding]:
     """Configs that name classes to be fetched and run."""
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        try:
-            document = subject.json_of(name)
-        except CkptError:
-            continue  # told by the check that reads it
-        classes = document.get("auto_map") if isinstance(document, Mapping) else None
-        if not isinstance(classes, Mapping) or not classes:
+    for file in subject.files:
+        if file.suffix != ".json" or not file.is_regular or file.name in _VOCABULARIES:
             continue
-        named = [str(one) for one in _flat(classes.values())]
+        name = file.path
+        try:
+            named = [*_classes(subject.json_of(name))]
+        except CkptError:
+            continue  # told by the check that reads it; loaders refuse it too
+        if not named:
+            continue
         foreign = [one for one in named if "--" in one]
         yield Finding(
             code="FC508",
@@ -200,36 +200,46 @@ def _remote_code(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from (one for one in value if one is not None)
-        elif value is not None:
-            yield value
+def _classes(document: Any) -> Iterator[str]:
+    """What the `auto_map` of a config names, and of configs within it."""
+    if isinstance(document, list):
+        for one in document:
+            yield from _classes(one)
+    if isinstance(document, Mapping):
+        for name, value in document.items():
+            yield from _words(value) if name == "auto_map" else _classes(value)
 
 
-def _leaks(file: ReleaseFile) -> Iterator[Finding]:
-    text = read_text(file, _MAX_TEXT)
-    for leak in list(find_secrets(text))[:_MAX_PER_FILE]:
-        if leak.what.startswith("a value") and file.name in _VOCABULARIES:
-            continue
-        yield _secret(
-            f"`{escape(file.path)}`, line {leak.line}, holds what looks like {leak.what}: "
-            f"{escape(leak.shown)}",
-            file.path,
-            file.path,
-            leak.line,
-        )
-    if file.name in _VOCABULARIES:
-        return
-    for leak in list(find_paths(text))[:_MAX_PER_FILE]:
-        yield _machine(
-            f"`{escape(file.path)}`, line {leak.line}, names a path of a machine: "
-            f"`{escape(leak.shown)}`",
-            file.path,
-            file.path,
-            leak.line,
-        )
+def _words(value: Any) -> Iterator[str]:
+    """All texts in a value: old tokenizers have a list in place of a mapping."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _words(one)
+
+
+def _leaks(file: ReleaseFile) -> list[Finding] | None:
+    """What a text tells that it should not, the first few of each; None where it is no text."""
+    secrets: dict[tuple[str, int], Finding] = {}
+    paths: dict[tuple[str, int], Finding] = {}
+    is_text, is_vocabulary = False, file.name in _VOCABULARIES
+    for first_line, text in read_windows(file):
+        is_text = True
+        for leak in islice(find_secrets(text), _MAX_PER_FILE):
+            if leak.what.startswith("a value") and is_vocabulary:
+                continue
+            line = first_line + leak.line - 1
+            told = f"`{escape(file.path)}`, line {line}, holds what looks like {leak.what}: "
+            told += escape(leak.shown)
+            secrets.setdefault((told, line), _secret(told, file.path, file.path, line))
+        for leak in () if is_vocabulary else islice(find_paths(text), _MAX_PER_FILE):
+            line = first_line + leak.line - 1
+            told = f"`{escape(file.path)}`, line {line}, names a path of a machine: "
+            told += f"`{escape(leak.shown)}`"
+            paths.setdefault((told, line), _machine(told, file.path, file.path, line))
+    found = [*islice(secrets.values(), _MAX_PER_FILE), *islice(paths.values(), _MAX_PER_FILE)]
+    return found if is_text else None
 
 
 def _secret(detail: str, key: str, file: str | None = None, line: int = 0) -> Finding:
