@@ -87,7 +87,8 @@ def check_release(
                 outcome = check()
             except CkptError as error:
                 outcome = failed(name, error)
-        findings = tuple(of_check(one, name) for one in _once(outcome.findings))
+        placed = [_placed(one, subject) for one in outcome.findings]
+        findings = tuple(of_check(one, name) for one in _once(placed))
         outcome = replace(outcome, findings=findings, seconds=time.monotonic() - started)
         made.append(outcome)
         return outcome
@@ -119,7 +120,18 @@ def check_release(
     return _judged(made, policy, source, level, tuple(files), today or datetime.date.today())
 
 
-def _once(findings: tuple[Finding, ...]) -> list[Finding]:
+def _placed(finding: Finding, subject: Subject) -> Finding:
+    """What an error said of its place, as the file of the release that it is about."""
+    if "where" not in finding.data:
+        return finding
+    data = dict(finding.data)
+    path = subject.path_of(str(data.pop("where")))
+    if path is None:
+        return replace(finding, data=data)
+    return replace(finding, key=finding.key or path, data={"file": path, **data})
+
+
+def _once(findings: list[Finding]) -> list[Finding]:
     """Without repetitions: two readers of one file say the same."""
     seen = {(one.code, one.key, one.detail): one for one in reversed(findings)}
     return list(reversed(seen.values()))

@@ -186,9 +186,16 @@ def skipped(name: str, why: str, *findings: Finding) -> Outcome:
 
 
 def failed(name: str, error: CkptError) -> Outcome:
-    """A check that an error ended: that is a bad answer, not a missing one."""
+    """A check that an error ended: a bad answer, and no check any more once the error is waived."""
+    return Outcome(
+        name=name, sentence=error.message, findings=(finding_of(error),), is_skipped=True
+    )
+
+
+def finding_of(error: CkptError) -> Finding:
+    """An error as a finding with its place, which `check_release` makes a file of the release."""
     finding = error.as_finding()
-    return Outcome(name=name, sentence=error.message, findings=(finding,))
+    return finding if error.where is None else replace(finding, data={"where": error.where})
 
 
 def of_check(finding: Finding, check: str, **data: Any) -> Finding:

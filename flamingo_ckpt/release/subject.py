@@ -75,8 +75,16 @@ class Subject:
         base = self.root if self.is_folder else os.path.dirname(self.root) or "."
         return os.path.relpath(path, base).replace(os.sep, "/")
 
-    def json_of(self, name: str) -> Any:
-        """A JSON file of the folder, or None where it is not there.
+    def path_of(self, where: str) -> str | None:
+        """The file of the release that an error is about, by its `where`; None for any other."""
+        named = where.partition(", ")[0]
+        for path in (where, named, self.relative(where), self.relative(named)):
+            if path in self.by_path:
+                return path
+        return None
+
+    def json_of(self, name: str, max_bytes: int | None = None) -> Any:
+        """A JSON file of the folder, or None where it is not there; larger than a config is asked.
 
         Raises:
             CkptError: FC401 where it is no JSON.
@@ -84,7 +92,9 @@ class Subject:
         from flamingo_ckpt.models.config import read_json
 
         file = self.by_path.get(name)
-        return read_json(file.full) if file is not None and file.is_regular else None
+        if file is None or not file.is_regular:
+            return None
+        return read_json(file.full) if max_bytes is None else read_json(file.full, max_bytes)
 
 
 def open_subject(
