@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from flamingo_ckpt.tensors import escape
+
+#: transformers makes a name for each of them, whatever the kind of model.
+_MAX_LABELS: Final = 1 << 20
 
 
 def is_known(model_type: str) -> bool:
@@ -25,6 +28,9 @@ def refusal(document: Mapping[str, Any]) -> str | None:
 
     from flamingo_ckpt.models.assemble import quiet_libraries
 
+    labels = document.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:
+        return f"ValueError: `num_labels` is {escape(str(labels)[:20])}, and it names every one"
     try:
         with quiet_libraries():
             CONFIG_MAPPING[str(document["model_type"])].from_dict(dict(document))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.models.config import ModelConfig
-from flamingo_ckpt.release.result import Outcome, skipped
+from flamingo_ckpt.release.result import Outcome, finding_of, skipped
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.tensors import TORCH_DTYPES, distinct, escape
 
@@ -23,8 +24,13 @@ def check_config(subject: Subject) -> Outcome:
         return _refused(subject, subject.config_error)
     if subject.config is None:
         return _absent(subject)
-    findings = [*_shapes(subject, subject.config)]
     told = [f"a {subject.config.kind} model"]
+    findings: list[Finding] = []
+    compared = []
+    for config in _configs(subject, subject.config):
+        differences = _shapes(subject, config)
+        compared.append(differences is not None)
+        findings += differences or []
     if subject.config_path is not None:
         document = subject.json_of(subject.relative(subject.config_path))
         if subject.config_path.endswith("config.json") and "model_type" in document:
@@ -32,9 +38,25 @@ def check_config(subject: Subject) -> Outcome:
         findings += _dtypes(subject)
     else:
         told.append("by --config")
-    if not any(one.code == "FC604" for one in findings):
+    if not all(compared):
+        told.append("not compared with the tensors, whose layout is not known")
+    elif not any(one.code == "FC604" for one in findings):
         told.append("agrees with the shapes of the tensors")
-    return Outcome(name="config", sentence=", ".join(told), findings=tuple(findings))
+    return Outcome(
+        name="config",
+        sentence=", ".join(told),
+        findings=tuple(findings),
+        is_skipped=not all(compared),
+    )
+
+
+def _configs(subject: Subject, config: ModelConfig) -> tuple[ModelConfig, ...]:
+    """The config that was named, and the release's own: the one that its users will have."""
+    if subject.named_config is None or subject.config_path is None:
+        return (config,)
+    from flamingo_ckpt.models.config import read_config
+
+    return (config, read_config(os.path.abspath(subject.config_path)))
 
 
 def _refused(subject: Subject, error: CkptError) -> Outcome:
@@ -64,6 +86,7 @@ def _refused(subject: Subject, error: CkptError) -> Outcome:
                 data={"file": name},
             ),
         ),
+        is_skipped=True,
     )
 
 
@@ -90,24 +113,24 @@ def _absent(subject: Subject) -> Outcome:
     )
 
 
-def _shapes(subject: Subject, config: ModelConfig) -> Iterator[Finding]:
-    """FC604 for each field that says another size than the tensors have."""
+def _shapes(subject: Subject, config: ModelConfig) -> list[Finding] | None:
+    """FC604 for each field that says another size than the tensors have; None for no comparison."""
     from flamingo_ckpt.models.infer import infer_config
 
     side = subject.side
     if side is None or side.reading is None:
-        return
+        return None
     shapes = {name: piece.shape for name, piece in side.reading.atoms.items()}
     try:
         proven = infer_config(shapes)
     except CkptError as error:
-        yield error.as_finding()
-        return
-    where = subject.relative(config.where) if subject.named_config is None else config.where
+        return [finding_of(error)]
+    where = subject.path_of(config.where) or config.where
+    form, findings = _hf_form(config), []
     for dotted, found in _flat(proven.config, ""):
-        said = _at(_hf_form(config), dotted)
+        said = _at(form, dotted)
         if type(said) is type(found) and type(said) is int and said != found:
-            yield Finding(
+            finding = Finding(
                 code="FC604",
                 severity="error",
                 key=dotted,
@@ -115,6 +138,8 @@ def _shapes(subject: Subject, config: ModelConfig) -> Iterator[Finding]:
                 hint="the config is of another model, or was not saved again after a change",
                 data={"file": where, "config": said, "tensors": found},
             )
+            findings.append(finding)
+    return findings
 
 
 def _hf_form(config: ModelConfig) -> Mapping[str, Any]:
