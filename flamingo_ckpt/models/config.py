@@ -78,13 +78,13 @@ def read_config(uri: str) -> ModelConfig:
     return parse_config(_load(path), path)
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str, max_bytes: int = _MAX_BYTES) -> Any:
     """A JSON document such as a config: strict, of bounded size and depth.
 
     Raises:
         CkptError: FC404 where it cannot be read, FC401 where it is not such a document.
     """
-    return _load(path)
+    return _load(path, max_bytes)
 
 
 def config_in(folder: str) -> ModelConfig:
@@ -238,20 +238,20 @@ def _config_path(name: str) -> str:
     )
 
 
-def _load(path: str) -> Any:
+def _load(path: str, max_bytes: int = _MAX_BYTES) -> Any:
     try:
         with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+            raw = file.read(max_bytes + 1)
     except OSError as error:
         raise CkptError(
             f"cannot read the config: {error.strerror}", code="FC404", where=path
         ) from error
-    return _parse(raw, path)
+    return _parse(raw, path, max_bytes)
 
 
-def _parse(raw: bytes, path: str) -> Any:
-    if len(raw) > _MAX_BYTES:
-        raise CkptError(f"the config is larger than {_MAX_BYTES} bytes", code="FC401", where=path)
+def _parse(raw: bytes, path: str, max_bytes: int = _MAX_BYTES) -> Any:
+    if len(raw) > max_bytes:
+        raise CkptError(f"the config is larger than {max_bytes} bytes", code="FC401", where=path)
     try:
         document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant

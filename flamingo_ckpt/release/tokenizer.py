@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.release.result import Outcome, failed, skipped
@@ -25,6 +26,9 @@ _IDS: Mapping[str, Mapping[str, str]] = {
     "flamingo": {"media_token_id": "<image>", "eoc_token_id": "<|endofchunk|>"},
     "paligemma": {"image_token_index": "<image>", "image_token_id": "<image>"},
 }
+_INTEGER: Final = re.compile(r"[0-9]{1,9}")
+#: The tokenizer of PaliGemma has 34 MB.
+_MAX_BYTES: Final = 256 << 20
 #: Rows beyond the last token that padding to a multiple explains.
 _MAX_PADDING = 1024
 
@@ -110,7 +114,7 @@ def read_tokens(subject: Subject) -> Tokens | None:
     read: list[str] = []
     for name in _FILES:
         try:
-            document = subject.json_of(name)
+            document = subject.json_of(name, _MAX_BYTES)
         except CkptError as error:
             raise error.at(name) from None
         if not isinstance(document, Mapping):
@@ -139,7 +143,7 @@ def _tokens_in(name: str, document: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if not isinstance(added, Mapping):
             return []
         return [
-            (one["content"], int(number) if str(number).isdigit() else number)
+            (one["content"], int(number) if _INTEGER.fullmatch(number) else number)
             for number, one in added.items()
             if isinstance(one, Mapping) and isinstance(one.get("content"), str)
         ]
