@@ -17,8 +17,13 @@ from flamingo_ckpt.tensors import escape
 
 CARD_NAME: Final = "README.md"
 _MAX_BYTES = 4 << 20
-_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+#: As the hub reads it: blank lines may stand before it.
+_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _MAX_FRONT = 256 << 10
+#: How a card pins a repository: as people write it, and as links to the hub have it.
+_PIN = re.compile(r"(?:@|/(?:tree|commit|blob|resolve)/)[0-9a-f]{40}\b")
+_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?\Z")
+_MAX_ID = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +186,9 @@ def _base_models(card: Card, subject: Subject) -> Iterator[Finding]:
                 1,
             )
         return
-    for name in card.base_models:
-        if re.search(re.escape(name) + r"@[0-9a-f]{40}\b", card.text):
+    pinned = _pinned(card.text)
+    for name in dict.fromkeys(card.base_models):
+        if name.strip() in pinned:
             continue
         yield _finding(
             "FC603",
@@ -193,6 +199,16 @@ def _base_models(card: Card, subject: Subject) -> Iterator[Finding]:
             f"write `{escape(name)[:100]}@` and the 40 digits of the commit somewhere in the card",
             card.line_of("base_model"),
         )
+
+
+def _pinned(text: str) -> set[str]:
+    """The ids of repositories that stand before a commit."""
+    found = set()
+    for match in _PIN.finditer(text):
+        named = _ID.search(text[max(0, match.start() - _MAX_ID) : match.start()])
+        if named is not None:
+            found.add(named[0])
+    return found
 
 
 def _record(

@@ -29,6 +29,7 @@ _KINDS: Final = {
 }
 _BICUBIC = (3, "bicubic")
 _CLOSE = 1e-4
+_SIDES: Final = ("height", "width", "shortest_edge")
 
 
 def check_preprocessing(subject: Subject) -> Outcome:
@@ -36,8 +37,6 @@ def check_preprocessing(subject: Subject) -> Outcome:
     if not subject.is_folder:
         return skipped("preprocessing", "a single file has no preprocessor; check the folder")
     kind = subject.config.kind if subject.config is not None else ""
-    if kind not in _KINDS:
-        return skipped("preprocessing", "what kind of pictures the model takes is not known")
     found: list[tuple[str, Mapping[str, Any], tuple[str, str, str]]] = []
     try:
         for name, part, fields in _PLACES:
@@ -48,6 +47,8 @@ def check_preprocessing(subject: Subject) -> Outcome:
                 found.append((name, document, fields))
     except CkptError as error:
         return failed("preprocessing", error)
+    if kind not in _KINDS:
+        return skipped("preprocessing", "what kind of pictures the model takes is not known")
     if not found:
         return skipped("preprocessing", "the folder has no preprocessor_config.json")
     findings: list[Finding] = []
@@ -83,6 +84,9 @@ def _constants(
         yield _differs(
             file, fields[2], "warning", f"is {escape(repr(resample))[:40]}, and not bicubic (3)"
         )
+    for field in ("do_normalize", "do_rescale"):
+        if document.get(field) is False:
+            yield _differs(file, field, "error", "is false, the tower was trained with true")
     factor = document.get("rescale_factor")
     if factor is not None and not _is_close([factor], (1 / 255,)):
         yield _differs(
@@ -106,10 +110,12 @@ def _size(file: str, document: Mapping[str, Any], subject: Subject) -> Iterator[
         return
     for field in ("crop_size", "size"):
         said = document.get(field)
-        sides = said.values() if isinstance(said, Mapping) else said
-        sides = [sides] if isinstance(sides, int) else list(sides or ())
-        if not sides or not all(isinstance(one, int) for one in sides):
+        if said is None:
             continue
+        sides = list(said.values()) if isinstance(said, Mapping) else said
+        sides = sides if isinstance(sides, list) else [sides]
+        if isinstance(said, Mapping) and not any(name in said for name in _SIDES):
+            continue  # `longest_edge` and its like bound a size, and state none
         if any(one != wanted for one in sides):
             yield _differs(
                 file,

@@ -19,5 +19,7 @@ def load_yaml(text: str, max_chars: int) -> Any:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it has aliases")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # its constructors raise whatever a value like `!!int ""` leads to
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
