@@ -18,13 +18,14 @@ from flamingo_ckpt.release.folder import read_text
 from flamingo_ckpt.release.result import FileFact, Outcome, failed, skipped
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.stream import Derived, OnBytes, check_unchanged, derive, run_tasks
-from flamingo_ckpt.tensors import Manifest, distinct, escape, has_control
+from flamingo_ckpt.tensors import Manifest, distinct, escape, is_tensor_name
 
 SUMS_NAME: Final = "SHA256SUMS"
 TENSORS_NAME: Final = "manifest.json"
 #: What is made after the sums, or holds them.
 SIGNATURE_NAMES: Final = ("model.sig", "SHA256SUMS.sig")
-_LINE: Final = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
+#: `./` in front of a name is what `find . -type f | xargs sha256sum` writes.
+_LINE: Final = re.compile(r"(?P<digest>[0-9A-Fa-f]{64}) [ *](?:\./)?(?P<name>.+)")
 _MAX_BYTES = 64 << 20
 
 
@@ -85,9 +86,10 @@ def sums_text(files: Sequence[FileFact]) -> str:
         CkptError: FC505 for a name with control characters, which would need escapes.
     """
     for one in files:
-        if has_control(one.path) or "\\" in one.path:
+        if not is_tensor_name(one.path) or "\\" in one.path:
             raise CkptError(
-                f"`{escape(one.path)}` cannot be listed: its name has control characters or `\\`",
+                f"`{escape(one.path)}` cannot be listed: its name is not UTF-8, or has control "
+                "characters or `\\`",
                 code="FC505",
                 key=one.path,
                 hint="rename the file",
@@ -125,7 +127,8 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         CkptError: FC607 for a line that is none of its.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    # by line feeds alone, as sha256sum: a carriage return is a part of the name
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         match = _LINE.fullmatch(line)
         if match is None or match["name"] in found:
             raise CkptError(
@@ -135,7 +138,7 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
                 where=where,
                 hint="`flamingo-ckpt manifest` writes it again",
             )
-        found[match["name"]] = match["digest"]
+        found[match["name"]] = match["digest"].lower()
     return found
 
 
