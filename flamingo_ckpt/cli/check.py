@@ -75,7 +75,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
     _check_options(chosen)
     _refuse_remote(chosen)
     chosen = local_sources(chosen, out, "src", "source", "base_vision", "base_language")
-    policy = find_policy(chosen["policy"], strict=chosen["strict"])
+    policy = find_policy(chosen["policy"], strict=chosen["strict"], release=chosen["src"])
     subject = _open(chosen, out)
     fixes, subject = _fixed(subject, chosen, out)
     source = _source(subject, chosen)
@@ -203,6 +203,14 @@ def _fixed(
 def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
     if chosen["source"] is None:
         return None
+    if os.path.realpath(chosen["source"]) in (
+        os.path.realpath(one) for one in (subject.root, chosen["src"])
+    ):
+        raise CkptError(
+            "the source is the release itself: it would be compared with itself, and agree",
+            code="FC006",
+            hint="--source names what it was made from",
+        )
     from flamingo_ckpt.release.behaviour import Source
 
     def make_plan() -> Plan:

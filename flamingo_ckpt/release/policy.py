@@ -96,19 +96,32 @@ class Policy:
         }
 
 
-def find_policy(named: str | None, *, strict: bool = False, folder: str = ".") -> Policy:
+def find_policy(
+    named: str | None, *, strict: bool = False, folder: str = ".", release: str | None = None
+) -> Policy:
     """The policy that was named, else that of the folder, else the default.
 
     Args:
         named: a file.
         strict: whether warnings count as errors, whatever the policy says.
-        folder: where one is looked for.
+        folder: where one is looked for, unless it is the release or within it.
+        release: what is checked.
 
     Raises:
         CkptError: FC620 where it cannot be used.
     """
-    policy = read_policy(named) if named is not None else _found_in(folder)
+    if named is not None:
+        policy = read_policy(named)
+    elif release is not None and _is_within(folder, release):
+        policy = Policy()
+    else:
+        policy = _found_in(folder)
     return replace(policy, is_strict=True) if strict else policy
+
+
+def _is_within(folder: str, release: str) -> bool:
+    inside, around = os.path.realpath(folder), os.path.realpath(release)
+    return os.path.isdir(around) and os.path.commonpath([inside, around]) == around
 
 
 def _found_in(folder: str) -> Policy:
@@ -116,9 +129,15 @@ def _found_in(folder: str) -> Policy:
     if os.path.isfile(own):
         return read_policy(own)
     project = os.path.join(folder, "pyproject.toml")
-    if os.path.isfile(project) and "flamingo-ckpt" in _load(project)[0].get("tool", {}):
+    if os.path.isfile(project) and _own_table(_load(project)[0]) is not None:
         return read_policy(project)
     return Policy()
+
+
+def _own_table(project: Mapping[str, Any]) -> Any:
+    """`[tool.flamingo-ckpt]` of a `pyproject.toml`, or None."""
+    tools = project.get("tool")
+    return tools.get("flamingo-ckpt") if isinstance(tools, dict) else None
 
 
 def read_policy(path: str) -> Policy:
@@ -129,8 +148,12 @@ def read_policy(path: str) -> Policy:
     """
     document, digest = _load(path)
     if os.path.basename(path) == "pyproject.toml":
-        document = document.get("tool", {}).get("flamingo-ckpt", {})
+        document = _own_table(document)
     try:
+        if document is None:
+            raise _bad("it has no table `tool.flamingo-ckpt`")
+        if not isinstance(document, dict):
+            raise _bad("`tool.flamingo-ckpt` is not a table")
         fields = _Table(document, "", ("policy",)).table("policy", _FIELDS)
         policy = _parse(fields)
     except CkptError as error:
@@ -227,17 +250,30 @@ class _Table:
         return value
 
 
+_PARITY_WORDS: Final = {
+    "dtypes": ("float32", "float64", "bfloat16", "float16"),
+    "gates": ("as-is", "forced"),
+}
+_SIGNERS: Final = ({"public_key"}, {"identity", "identity_provider"}, set[str]())
+
+
 def _parse(table: _Table) -> Policy:
     required = table.words("required", CHECKS)
     tolerance = table.table("tolerance", ("norm_factor",))
     parity = table.table("parity", ("dtypes", "gates", "device", "seed"))
-    parity.words("dtypes", ("float32", "float64", "bfloat16", "float16"))
-    parity.words("gates", ("as-is", "forced"))
+    for name, among in _PARITY_WORDS.items():
+        if parity.words(name, among) == ():
+            raise _bad(f"`policy.parity.{name}` is empty: nothing would be compared")
     if parity.value.get("device") not in (None, "cpu", "cuda"):
         raise _bad("`policy.parity.device` is neither `cpu` nor `cuda`")
     if type(parity.value.get("seed", 0)) is not int:
         raise _bad("`policy.parity.seed` is not a whole number")
     signature = table.table("signature", ("public_key", "identity", "identity_provider"))
+    if set(signature.value) not in _SIGNERS:
+        raise _bad(
+            "`policy.signature` has neither `public_key` alone nor both `identity` and "
+            "`identity_provider`"
+        )
     waivers = table.value.get("waiver", [])
     if not isinstance(waivers, list) or not all(isinstance(one, dict) for one in waivers):
         raise _bad("`policy.waiver` is not a list of tables: write [[policy.waiver]]")
@@ -327,6 +363,7 @@ def apply_policy(
         kept.append(replace(outcome, findings=tuple(findings)))
     faults = [_expired(one) for one in policy.waivers if one.until < today]
     faults += [_idle(one) for one in current if id(one) not in used]
+    faults = [replace(one, severity=policy.severity.get(one.code, one.severity)) for one in faults]
     return tuple(kept), tuple(waived), tuple(faults)
 
 
