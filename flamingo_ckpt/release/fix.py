@@ -64,10 +64,16 @@ def _chmod(path: str, mode: int) -> Callable[[], None]:
     return apply
 
 
+def _is_own(subject: Subject, name: str) -> bool:
+    """Whether it is a file of the folder, and not one elsewhere that a link leads to."""
+    file = subject.by_path.get(name)
+    return subject.is_folder and file is not None and file.is_regular and not file.is_link
+
+
 def _totals(subject: Subject) -> list[Fix]:
     manifest = subject.manifest
     name = manifest.details.get("index") if manifest is not None else None
-    if manifest is None or name is None or not subject.is_folder:
+    if manifest is None or name is None or not _is_own(subject, str(name)):
         return []
     document = subject.json_of(str(name))
     metadata = document.get("metadata")
@@ -91,6 +97,8 @@ def _dtypes(subject: Subject) -> list[Fix]:
     if not faults or subject.config_path is None:
         return []
     name = subject.relative(subject.config_path)
+    if not _is_own(subject, name):
+        return []
     document = dict(subject.json_of(name))
     told = []
     for field, said, held in faults:

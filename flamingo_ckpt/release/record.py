@@ -137,11 +137,13 @@ def with_record(text: str, record: Mapping[str, Any]) -> str:
 
     has_one = find_record(text) is not None
     body = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=False, width=1000)
-    block = f"{_BEGIN}\n```yaml\n{_NOTE}\n{body}```\n{_END}"
+    end = "\r\n" if "\r\n" in text else "\n"
+    block = f"{_BEGIN}\n```yaml\n{_NOTE}\n{body}```\n{_END}".replace("\n", end)
     if has_one:
         return _BLOCK.sub(lambda _: block, text, count=1)
-    gap = "" if not text or text.endswith("\n\n") else "\n" if text.endswith("\n") else "\n\n"
-    return f"{text}{gap}{block}\n"
+    if not text or text.endswith(2 * end):
+        return f"{text}{block}{end}"
+    return f"{text}{end if text.endswith(end) else 2 * end}{block}{end}"
 
 
 def write_record(path: str, record: Mapping[str, Any]) -> None:
@@ -152,9 +154,18 @@ def write_record(path: str, record: Mapping[str, Any]) -> None:
     """
     from flamingo_ckpt.formats.staging import staged_file, write_at_path
 
+    if os.path.islink(path):
+        raise CkptError(
+            f"`{escape(os.path.basename(path))}` is a symbolic link, and is not written through",
+            code="FC503",
+            where=path,
+            hint="put the card itself there",
+        )
+    mode = None
     try:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()
+            mode = os.fstat(file.fileno()).st_mode & 0o777
     except FileNotFoundError:
         text = ""
     except (OSError, UnicodeDecodeError) as error:
@@ -163,6 +174,8 @@ def write_record(path: str, record: Mapping[str, Any]) -> None:
         ) from error
     with staged_file(path, overwrite=True) as staging:
         write_at_path(staging, with_record(text, record).encode("utf-8"))
+        if mode is not None:
+            os.chmod(staging, mode)
 
 
 def _broken(why: str) -> CkptError:
