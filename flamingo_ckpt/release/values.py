@@ -32,6 +32,11 @@ _MIN_TWIN_ELEMENTS = 16
 _MIN_FAMILY = 4
 #: Norms and biases differ more from layer to layer than matrices do.
 _VECTOR_EASE = 30.0
+#: What language models tie to one another, by the names that their classes have.
+_TIED = re.compile(
+    r"(.*\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings|shared|lm_head|embed_out"
+    r"|lm\.head)\.weight"
+)
 _NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -206,10 +211,14 @@ def _twins(tensors: list[_Named]) -> Iterator[Finding]:
 
 def _are_one_tensor(a: _Named, b: _Named) -> bool:
     """Whether two keys are names of one tensor: the embedding and a head that is tied to it."""
-    groups = {group_of(name) for one in (a, b) for name in one.canonical}
-    if groups and groups <= {"lm.embed", "lm.rest"}:
+    if all(_is_tied(one) for one in (a, b)):
         return True
     return bool(set(a.canonical) & set(b.canonical))
+
+
+def _is_tied(one: _Named) -> bool:
+    """Whether it is the embedding of words or the head over them, in whatever layout."""
+    return any(_TIED.fullmatch(name) for name in (*one.canonical, one.key))
 
 
 def _families(tensors: list[_Named], factor: float) -> Iterator[Finding]:
