@@ -13,6 +13,8 @@ from flamingo_ckpt.cli.main import VERBS
 from flamingo_ckpt.codes import TABLE, THEME_OF, THEMES, UNWAIVABLE, is_of_check
 from flamingo_ckpt.codes.code import Code
 from flamingo_ckpt.codes.page import to_markdown, waiver_of
+from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.release.policy import read_policy
 from tests.support import cli_ok
 from tests.test_architecture import MODULES, room, tree_of, used_codes
 from tests.test_readme import flags
@@ -70,6 +72,19 @@ def test_a_waiver_is_offered_only_where_one_can_be_given() -> None:
         assert (waiver is None) == (code.code in UNWAIVABLE or not is_of_check(code.code))
         assert waiver is None or f'code = "{code.code}"' in waiver
     assert waiver_of(TABLE["FC003"]) is None  # of the destination, which `check` does not have
+
+
+def test_a_waiver_that_is_filled_in_is_one_that_the_policy_takes(tmp_path: Path) -> None:
+    path = tmp_path / "flamingo-ckpt.toml"
+    for code in TABLE.values():
+        if waiver := waiver_of(code):
+            path.write_text(waiver.replace("YYYY-MM-DD", "2999-12-31"))
+            (found,) = read_policy(str(path)).waivers
+            assert (found.code, found.key, found.owner) == (code.code, "KEY", "OWNER")
+    path.write_text(str(waiver_of(TABLE["FC203"])))
+    with pytest.raises(CkptError, match="until") as refused:
+        read_policy(str(path))
+    assert refused.value.code == "FC620"
 
 
 @each_code
