@@ -115,6 +115,7 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
         "dtype": chosen["dtype"],
         "dry_run": chosen["dry_run"],
         "verified": chosen["wants_verify"] and not chosen["dry_run"],
+        "record": None,
     }
     findings = [*manifest.findings, *plan.findings]
     if chosen["dry_run"]:
@@ -124,7 +125,7 @@ def convert(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any
     else:
         summary = _run(plan, write, options, chosen["wants_verify"], out, findings, extra)
         if chosen["record"]:
-            _write_record(plan, write, extra, summary)
+            extra["record"] = _write_record(plan, write, extra, summary)
     lossy = any(finding.severity == "error" for finding in findings)
     return Report(
         command="convert",
@@ -154,8 +155,8 @@ def _check_record(write: WritePlan, chosen: Mapping[str, Any]) -> None:
 
 def _write_record(
     plan: Plan, write: WritePlan, extra: Mapping[str, Any], summary: Mapping[str, Any]
-) -> None:
-    """What was just proven, into the card that came along, or into a new one."""
+) -> str:
+    """What was just proven, into the card that came along, or into a new one; its path."""
     from flamingo_ckpt.release.record import make_record, source_of, write_record
 
     layout = extra["layout"]
@@ -167,7 +168,9 @@ def _write_record(
         verify={"verdict": "pass", "bit_exact": verified - cast, "cast": cast},
         parity={"verdict": "not run"},
     )
-    write_record(os.path.join(write.dst, "README.md"), record)
+    path = os.path.join(write.dst, "README.md")
+    write_record(path, record)
+    return path
 
 
 def _run(

@@ -249,6 +249,8 @@ def render_convert(report: Report, *, verbose: bool = False) -> list[str]:
         )
     else:
         lines.append("verified   not run (--no-verify)")
+    if extra.get("record"):
+        lines.append(f"record     {escape(extra['record'])}: source, map and verdict")
     return [*lines, *render_findings(report.findings, verbose)]
 
 
