@@ -20,7 +20,7 @@ def render_explain(report: Report, *, verbose: bool = False) -> list[str]:
     """One page; or one line a code, below the headings of their themes; or with `-v` all pages."""
     width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, _NARROWEST)
     codes = report.extra["codes"]
-    if "code" in report.summary:
+    if codes and "code" in report.summary:
         return list(_page(codes[0], width))
     if verbose:
         return [line for one in codes for line in (*_page(one, width), "")]
