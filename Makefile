@@ -25,6 +25,7 @@ demo: $(STAMP) ## convert, verify and compare a small training checkpoint, step 
 
 test: lint ## linters, types, and every test
 	$(BIN)/python tests/fetch_corpus.py
+	$(BIN)/python tests/fetch_mirror.py
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style and types only

@@ -191,8 +191,9 @@ def _uploading(call: Callable[[], _T], ask: Ask) -> _T:
     except CkptError:
         raise
     except Exception as error:  # of huggingface_hub, its HTTP library and the file system
-        status = failures.status_of(error)
-        reason = failures.reason_of(error)
+        told = _told(error)
+        status = failures.status_of(told)
+        reason = failures.reason_of(told)
         is_refusal = status is not None and 400 <= status < 500 and status not in (408, 429)
         if status is not None and is_refusal:
             failure = _refused(ask, status)
@@ -201,6 +202,12 @@ def _uploading(call: Callable[[], _T], ask: Ask) -> _T:
         else:
             failure = _broken(ask, reason)
     raise failure  # out here: errors of HTTP carry the request, and so the token
+
+
+def _told(error: Exception) -> Exception:
+    """What a store answered, where the client wraps it: that one file could not be uploaded."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
 def _refused(ask: Ask, status: int) -> CkptError:
