@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,12 @@ USAGE = [
     (["convert", "a", "b", "--max-shard-size", "9" * 30 + "TB"], "convert"),
     (["verify", "a"], "verify"),
     (["verify", "a", "b", "--color", "sometimes"], "verify"),
-    (["inspect", "a", "--output", "report.html"], "inspect"),
+    (["inspect", "a", "--output", "report.docx"], "inspect"),
     (["inspect", "a", "--output", "report"], "inspect"),
+    (["report", "render"], "report"),
+    (["report", "render", "a", "--format", "pdf"], "report"),
+    (["report", "render", "a", "--output", "report.pdf"], "report"),
+    (["report", "frobnicate"], "report"),
 ]
 
 
@@ -191,7 +196,7 @@ def test_interrupts(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (outcome.code, outcome.codes) == (130, ["FC010"])
 
 
-@pytest.mark.parametrize("name", ["report.json", "report.md", "REPORT.JSON"])
+@pytest.mark.parametrize("name", ["report.json", "report.md", "REPORT.JSON", "a.html", "a.xml"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_output(verb: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("an older report")
@@ -200,6 +205,10 @@ def test_output(verb: str, name: str, tmp_path: Path) -> None:
     if name.endswith(".md"):
         assert content.startswith(f"# flamingo-ckpt {verb}: passed\n")
         assert "torch-wrapped.pt" in content
+    elif name.endswith(".html"):
+        assert f"<h1>{verb}: passed</h1>" in content
+    elif name.endswith(".xml"):
+        assert ET.fromstring(content).tag == "testsuites"
     else:
         assert json.loads(content) == outcome.document
     assert not [entry for entry in names_in(tmp_path) if entry.startswith(".")]
