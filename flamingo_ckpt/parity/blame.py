@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flamingo_ckpt.errors import CkptError
+from flamingo_ckpt.parity.explaining import Difference, explain, swapped
 from flamingo_ckpt.parity.inputs import Inputs, set_media_token
 from flamingo_ckpt.parity.opening import Side
-from flamingo_ckpt.parity.parameters import Difference, explain, swapped
 from flamingo_ckpt.parity.result import Blame, Measure, Trial
 from flamingo_ckpt.parity.running import FAILURES, Runner, StopForward
 from flamingo_ckpt.parity.shell import Edit, Shell, make_shell

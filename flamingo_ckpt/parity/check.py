@@ -14,11 +14,12 @@ from flamingo_ckpt.parity import verdicts
 from flamingo_ckpt.parity.blame import Investigation
 from flamingo_ckpt.parity.class_settings import class_findings
 from flamingo_ckpt.parity.details import environment, side_details
-from flamingo_ckpt.parity.inputs import Inputs, generate, read_inputs
+from flamingo_ckpt.parity.inputs import Inputs, generate
 from flamingo_ckpt.parity.memory import weight_budget
 from flamingo_ckpt.parity.misfit import explain_misfit
 from flamingo_ckpt.parity.numerics import exact_numerics
 from flamingo_ckpt.parity.opening import Side
+from flamingo_ckpt.parity.own_inputs import read_inputs
 from flamingo_ckpt.parity.parameters import compare_parameters, rows_of
 from flamingo_ckpt.parity.passes import (
     GATE_VALUE,

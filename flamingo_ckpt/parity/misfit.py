@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.parity.blame import Investigation, describe_differences
-from flamingo_ckpt.parity.parameters import Difference, explain
+from flamingo_ckpt.parity.explaining import Difference, explain
 from flamingo_ckpt.parity.result import Blame, Trial
 from flamingo_ckpt.parity.shell import Shell
 from flamingo_ckpt.parity.suspects import Suspect, config_suspects

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.formats.extract import BLOCK_BYTES
 from flamingo_ckpt.layouts.detect import detect
-from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.layouts.mapping import Piece, Reading, read_atoms
 from flamingo_ckpt.loading.engine import places_of
 from flamingo_ckpt.loading.fill import Reader
 from flamingo_ckpt.loading.targets import Target, targets_of
 from flamingo_ckpt.map_plan import MapOptions, make_map_plan
 from flamingo_ckpt.models.head_counts import head_counts
-from flamingo_ckpt.parity.opening import PROJECTION, Side
+from flamingo_ckpt.parity.opening import Side
+from flamingo_ckpt.parity.pairing import pair, read_plan, unused_by
 from flamingo_ckpt.plan import Plan, Step
 from flamingo_ckpt.prepare import family_of
 from flamingo_ckpt.selection import PlanOptions, choose_tensors
 from flamingo_ckpt.stream import check_premises
-from flamingo_ckpt.tensors import TORCH_DTYPES, TensorInfo, escape, format_shape
+from flamingo_ckpt.tensors import TORCH_DTYPES
 from flamingo_ckpt.vocabulary import EMBED
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 
     from flamingo_ckpt.models.config import ModelConfig
 
-#: Kind of model -> what it does not compute with: no Flamingo uses its tower's projection, and a
-#: tower that stands alone may have none.
-_UNUSED: Mapping[str, frozenset[str]] = {
-    "flamingo": frozenset({PROJECTION}),
-    "tower": frozenset({PROJECTION}),
-}
 #: What a change of a weight is given and gives: the tensor as the file has it.
 Edit = Callable[["torch.Tensor"], "torch.Tensor"]
 
@@ -251,7 +245,7 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
         own.layout.table(own.family or side.detection.family),
         dims,
     )
-    steps, misshapen, misfits = _pair(plan, targets, reading, dims, side)
+    steps, misshapen, misfits = pair(plan, targets, reading, dims, side)
     misfits += _rows_told(side, plan)
     chosen = choose_tensors(side.manifest, PlanOptions(max_expansion=float("inf")))
     stored = {name: tensor.name for name, tensor in chosen.names.items()}
@@ -308,7 +302,7 @@ def _with_rows(config: ModelConfig, plan: Plan, wanted: int | None) -> ModelConf
 def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
     """A folder whose own config tells another vocabulary does not load as it is."""
     shape, text = _shapes(plan).get(EMBED), side.model.data.get("text_config")
-    names = _read_plan(plan, {}).names
+    names = read_plan(plan, {}).names
     step = next((one for one in plan.steps if names.get(one.name) == (EMBED,)), None)
     told = text.get("vocab_size") if isinstance(text, Mapping) else None
     own = side.has_own_config and side.detection.layout.hf_config
@@ -324,147 +318,7 @@ def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape, of what a plan gives."""
-    return {name: piece.shape for name, piece in _read_plan(plan, {}).atoms.items()}
-
-
-def _read_plan(plan: Plan, dims: Mapping[str, int]) -> Reading:
-    assert plan.target is not None
-    assert plan.layout is not None
-    tensors = [
-        TensorInfo(name=name, dtype=step.dtype, shape=step.shape)
-        for step in plan.steps
-        for name in (step.name, *step.aliases)
-    ]
-    target = plan.target
-    family = plan.layout.family
-    if target.rules_of and "language" in plan.others:
-        found = detect([tensor.name for tensor in tensors], plan.source.uri, among=(target.name,))
-        family = found.family
-    return read_atoms(tensors, target.table(family if target.rules_of else ""), dims)
-
-
-def _pair(
-    plan: Plan,
-    targets: tuple[Target, ...],
-    reading: Reading,
-    dims: Mapping[str, int],
-    side: Side,
-) -> tuple[dict[str, Step], dict[str, Step], list[Finding]]:
-    """Which step fills which tensor of the module, and what is left on either side."""
-    planned = _read_plan(plan, dims)
-    by_name = {name: step for step in plan.steps for name in (step.name, *step.aliases)}
-    by_parts = {parts: by_name[name] for name, parts in planned.names.items()}
-    used: set[int] = set()
-    steps: dict[str, Step] = {}
-    misshapen: dict[str, Step] = {}
-    misfits: list[Finding] = []
-    for target in targets:
-        found = _steps_for(target, reading, by_parts, by_name)
-        used |= {id(step) for step in found}
-        if found and _fits(found[0], target):
-            steps[target.key] = found[0]
-            misfits += _twins(found, side)
-        elif found:
-            misshapen[target.key] = found[0]
-            misfits.append(_misshapen(found[0], target, side))
-        elif not _may_lack(target, reading, unused_by(side)):
-            misfits.append(_missing(target, reading, side))
-    extra = [
-        step
-        for step in plan.steps
-        if id(step) not in used
-        and step.name not in planned.dropped
-        and not (side.is_tower and _is_beside_tower(planned.names.get(step.name, ())))
-    ]
-    return steps, misshapen, [*misfits, *(_unexpected(step, side) for step in extra)]
-
-
-def _is_beside_tower(parts: tuple[str, ...]) -> bool:
-    """Whether a tensor is of CLIP's other half, or of a projection that one side may lack."""
-    return all(group_of(part) != "vision" or part == PROJECTION for part in parts)
-
-
-def _steps_for(
-    target: Target,
-    reading: Reading,
-    by_parts: Mapping[tuple[str, ...], Step],
-    by_name: Mapping[str, Step],
-) -> list[Step]:
-    found: dict[int, Step] = {}
-    for name in target.names:
-        parts = reading.names.get(name)
-        step = by_parts.get(parts) if parts is not None else by_name.get(name)
-        if step is not None:
-            found[id(step)] = step
-    return list(found.values())
-
-
-def _fits(step: Step, target: Target) -> bool:
-    return step.shape == target.shape or {step.shape, target.shape} <= {(), (1,)}
-
-
-def unused_by(side: Side) -> frozenset[str]:
-    """Canonical names that a side may lack, since nothing computes with them."""
-    if side.is_projected:
-        return frozenset()
-    return _UNUSED.get(side.kind, frozenset())
-
-
-def _may_lack(target: Target, reading: Reading, unused: frozenset[str]) -> bool:
-    """Buffers are computed; a projection that nothing computes with is not missed."""
-    parts = {part for name in target.names for part in reading.names.get(name, ())}
-    return not target.is_parameter or bool(parts and parts <= unused)
-
-
-def _twins(steps: list[Step], side: Side) -> Iterator[Finding]:
-    """A tied tensor of which the checkpoint holds two that are not the same."""
-    from flamingo_ckpt.diff.likeness import digest_of_runs
-
-    first, *more = steps
-    for other in more:
-        if digest_of_runs(first.runs) != digest_of_runs(other.runs):
-            yield Finding(
-                code="FC202",
-                severity="error",
-                key=other.source.name,
-                detail=f"{side.name}'s `{escape(first.source.name)}` and "
-                f"`{escape(other.source.name)}` are one tensor by its config, and differ",
-                hint="correct `tie_word_embeddings` in the config",
-            )
-
-
-def _misshapen(step: Step, target: Target, side: Side) -> Finding:
-    return Finding(
-        code="FC205",
-        severity="error",
-        key=step.source.name,
-        detail=f"{side.name}'s `{escape(step.source.name)}` is {format_shape(step.shape)}, and by "
-        f"its config it is {format_shape(target.shape)}",
-        data={"side": side.name, "found": list(step.shape), "expected": list(target.shape)},
-    )
-
-
-def _missing(target: Target, reading: Reading, side: Side) -> Finding:
-    parts = next((reading.names[n] for n in target.names if n in reading.names), ())
-    return Finding(
-        code="FC203",
-        severity="error",
-        key=target.key,
-        detail=f"{side.name} has no `{escape(target.key)}` ({format_shape(target.shape)}), which "
-        "the model of its config computes with",
-        data={"side": side.name, "canonical": list(parts)},
-    )
-
-
-def _unexpected(step: Step, side: Side) -> Finding:
-    return Finding(
-        code="FC204",
-        severity="error",
-        key=step.source.name,
-        detail=f"{side.name} has `{escape(step.source.name)}` ({step.source.describe()}), which "
-        "the model of its config does not have",
-        data={"side": side.name},
-    )
+    return {name: piece.shape for name, piece in read_plan(plan, {}).atoms.items()}
 
 
 def put(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:

@@ -19,9 +19,9 @@ from flamingo_ckpt.parity.inputs import (
     image_token,
     media_token,
     pictures,
-    read_inputs,
     set_media_token,
 )
+from flamingo_ckpt.parity.own_inputs import read_inputs
 from tests import zoo
 from tests.parity.sides import Sides, parity
 from tests.support import cli

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from flamingo_ckpt.parity import parameters
-from flamingo_ckpt.parity.parameters import (
-    Difference,
-    Parameters,
-    compare_parameters,
-    explain,
-    first_difference,
-    swapped,
-)
+from flamingo_ckpt.parity import elements, explaining
+from flamingo_ckpt.parity.elements import first_difference
+from flamingo_ckpt.parity.explaining import Difference, explain, swapped
+from flamingo_ckpt.parity.parameters import Parameters, compare_parameters
 
 DIM = 12
 NAME, NEAR, FAR = "lm.layers.0.mlp.weight", "lm.layers.0.attn.weight", "lm.layers.1.mlp.weight"
@@ -273,7 +268,7 @@ def test_integers_are_told_by_their_values_alone() -> None:
 
 def test_a_bit_of_a_large_tensor_is_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a limit no rule is asked, and how many elements differ is still said."""
-    monkeypatch.setattr(parameters, "_MAX_EXPLAINED_BYTES", 100)
+    monkeypatch.setattr(explaining, "_MAX_EXPLAINED_BYTES", 100)
     found = told(matrix(), -matrix())
     assert found.kind == "values"
     assert found.words.startswith("144 of 144 elements, first at [0, 0]")
@@ -367,7 +362,7 @@ def test_views_with_any_stride() -> None:
 
 @pytest.mark.parametrize("block", [1, 5, 12, 30, 1 << 20])
 def test_blocks_do_not_change_the_answer(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parameters, "_BLOCK", block)
+    monkeypatch.setattr(elements, "_BLOCK", block)
     ours, theirs = matrix(), matrix()
     for row, column in ((4, 11), (5, 0), (11, 11)):
         theirs[row, column] += 1
