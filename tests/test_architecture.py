@@ -294,7 +294,7 @@ def test_titles_are_distinct() -> None:
 def test_every_room_has_its_tests() -> None:
     """Tests mirror the package."""
     tests = Path(__file__).parent
-    for name in ("formats", "layouts", "models", "loading", "report", "cli"):
+    for name in (*("formats", "layouts", "models", "loading", "report", "cli"), "hub", "transfer"):
         assert list((tests / name).glob("test_*.py")), name
     for name in ("plan", "convert", "verify"):
         assert (tests / f"test_{name}.py").exists()

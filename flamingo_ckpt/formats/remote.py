@@ -191,6 +191,11 @@ def fetch(
     )
 
 
+def fetch_if_remote(path: str) -> str:
+    """A path as it is; of an address on the hub, a local copy."""
+    return fetch(path) if hub.is_uri(path) else path
+
+
 def _cached(uri: str) -> hub.LocalCopy:
     place = hub.parse_uri(uri)
     root = hub.cached_snapshot(place.repo_id, place.revision).rstrip("/")

@@ -22,6 +22,8 @@ from flamingo_ckpt.hub.names import HubUri
 _BLOCK_BYTES = 32 << 10
 # A request for more than this is for a known length, and brings exactly that.
 _EXACT_BYTES = 4 << 10
+# What git itself keeps is small, and read whole when it is read: an index, a config.
+_WHOLE_BYTES = 1 << 20
 # Headers lie at the ends of a file. What needs more than this lies all over it.
 _MAX_REQUESTS = 64
 # The address of a store is signed, and runs out.
@@ -143,7 +145,9 @@ class RemoteSource:
         return bytes(out)
 
     def _fetch(self, first: int, end: int) -> None:
-        if end - first <= _EXACT_BYTES:
+        if self._file.sha256 is None and self.size <= _WHOLE_BYTES and not self._pieces:
+            first, end = 0, self.size
+        elif end - first <= _EXACT_BYTES:
             following = (begin for begin in self._pieces if begin >= end)
             end = min(first + _BLOCK_BYTES, min(following, default=self.size))
         self._num_fetches += 1

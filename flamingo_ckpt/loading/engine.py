@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_ckpt.errors import CkptError, Finding, LoadError, name_some
 from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.formats.remote import fetch_if_remote
 from flamingo_ckpt.layouts.prefixes import strip_wrappers
 from flamingo_ckpt.loading.activation import activation_findings
 from flamingo_ckpt.loading.buffers import (
@@ -61,7 +62,8 @@ def load_into(
 
     Args:
         module: any module: plain, wrapped (DDP, `torch.compile`, FSDP2), on meta or not.
-        source: a file, a folder, an index, or the manifest of one.
+        source: a file, a folder, an index, one of these on the hub (`hf://...`, which is
+            downloaded), or the manifest of one.
         options: what is accepted.
 
     Returns:
@@ -74,7 +76,7 @@ def load_into(
     manifest = (
         source
         if isinstance(source, Manifest)
-        else open_checkpoint(os.fspath(source), wrapper_key=options.wrapper_key)
+        else open_checkpoint(fetch_if_remote(os.fspath(source)), wrapper_key=options.wrapper_key)
     )
     check_device(options.device)
     targets, places = targets_of(module), places_of(module)

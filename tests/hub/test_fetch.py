@@ -254,3 +254,16 @@ def test_progress_is_told_in_bytes(server: HubServer, cache: Path) -> None:
     plan: Any = plan_fetch(URI)
     fetch(URI, plan, told.append)
     assert sum(told) == plan.num_bytes
+
+
+def test_a_module_is_loaded_from_an_address(server: HubServer, cache: Path) -> None:
+    import torch
+
+    from flamingo_ckpt import load_checkpoint
+
+    module = torch.nn.Linear(8, 4)
+    content = hollow_safetensors({"bias": (4,), "weight": (4, 8)})
+    server.push(REPO, {"model.safetensors": content[:]})
+    result = load_checkpoint(module, URI)
+    assert not module.weight.any()
+    assert result.report.uri == URI
