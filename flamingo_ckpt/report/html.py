@@ -218,20 +218,22 @@ def _told(group: Group) -> GroupRow:
 
 def _item(one: Finding, shared: str | None, at: int) -> Item:
     file, line = one.data.get("file"), one.data.get("line")
-    place = f"{file}:{line}" if isinstance(file, str) and line else file
+    place = f"{file}:{line}" if line else file
+    is_told = not line and str(file) in one.detail
     return Item(
-        key=one.key if one.key and one.key not in one.detail else None,
+        key=one.key if one.key and one.key != file and one.key not in one.detail else None,
         detail=one.detail,
         hint=None if one.hint == shared else one.hint,
-        place=place if isinstance(place, str) else None,
+        place=place if isinstance(file, str) and not is_told else None,
         drawings=tuple(histograms(one.data)) if at < MAX_DRAWN else (),
         shows_drawings=at < _MAX_SHOWN_DRAWINGS,
     )
 
 
 def _waived(one: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("code", "key", "detail", "check", "reason", "owner", "until")
-    return tuple(one[name] for name in names)
+    names = ("code", "key", "check", "reason", "owner", "until")
+    code, key, *rest = (one[name] for name in names)
+    return (code, key, ticks(one["detail"]), *rest)
 
 
 def _parity_parts(parity: Report | None) -> dict[str, Any]:
