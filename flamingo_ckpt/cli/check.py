@@ -200,12 +200,15 @@ def _fixed(
     return told, subject
 
 
+def _folder_or_file(uri: str) -> str:
+    """Where a local SRC is; an index stands for its folder."""
+    return os.path.realpath(os.path.dirname(uri) or "." if uri.endswith(".index.json") else uri)
+
+
 def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
     if chosen["source"] is None:
         return None
-    if os.path.realpath(chosen["source"]) in (
-        os.path.realpath(one) for one in (subject.root, chosen["src"])
-    ):
+    if _folder_or_file(chosen["source"]) == _folder_or_file(chosen["src"]):
         raise CkptError(
             "the source is the release itself: it would be compared with itself, and agree",
             code="FC006",

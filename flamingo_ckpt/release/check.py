@@ -15,6 +15,7 @@ from flamingo_ckpt.release.config import check_config
 from flamingo_ckpt.release.container import check_container
 from flamingo_ckpt.release.folder import digests
 from flamingo_ckpt.release.keys import check_keys
+from flamingo_ckpt.release.leaks import without_secrets
 from flamingo_ckpt.release.manifest import check_manifest
 from flamingo_ckpt.release.policy import Policy, apply_policy, required_findings
 from flamingo_ckpt.release.preprocessing import check_preprocessing
@@ -87,9 +88,13 @@ def check_release(
                 outcome = check()
             except CkptError as error:
                 outcome = failed(name, error)
-        placed = [_placed(one, subject) for one in outcome.findings]
-        findings = tuple(of_check(one, name) for one in _once(placed))
-        outcome = replace(outcome, findings=findings, seconds=time.monotonic() - started)
+        placed = [_masked(_placed(one, subject)) for one in outcome.findings]
+        outcome = replace(
+            outcome,
+            sentence=without_secrets(outcome.sentence),
+            findings=tuple(of_check(one, name) for one in _once(placed)),
+            seconds=time.monotonic() - started,
+        )
         made.append(outcome)
         return outcome
 
@@ -129,6 +134,16 @@ def _placed(finding: Finding, subject: Subject) -> Finding:
     if path is None:
         return replace(finding, data=data)
     return replace(finding, key=finding.key or path, data={"file": path, **data})
+
+
+def _masked(finding: Finding) -> Finding:
+    """The finding without the secrets that it quotes: reports go to logs and to other people."""
+    return replace(
+        finding,
+        key=finding.key and without_secrets(finding.key),
+        detail=without_secrets(finding.detail),
+        hint=finding.hint and without_secrets(finding.hint),
+    )
 
 
 def _once(findings: list[Finding]) -> list[Finding]:

@@ -89,6 +89,15 @@ def find_paths(text: str) -> Iterator[Leak]:
         yield Leak(what="a path", shown=match[0][:120], line=_line(text, match.start()))
 
 
+def without_secrets(text: str) -> str:
+    """A text that quotes what strangers wrote, with each secret in it masked."""
+    for _, pattern in _COMPILED:
+        text = pattern.sub(
+            lambda match: match[0] if _is_placeholder(match) else _masked(match[0]), text
+        )
+    return text
+
+
 def _is_placeholder(match: re.Match[str]) -> bool:
     """Whether it stands for a secret, and is none: words for readers, or one letter repeated."""
     groups = match.groupdict()
