@@ -1,3 +1,5 @@
+"""Every fault that a release can have, alone and together: exactly its findings, and no other."""
+
 from __future__ import annotations
 
 import shutil
@@ -6,22 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.release.faults import FAULTS, Fault, Told
-from tests.release.releases import make_release, write_sums
-from tests.support import Outcome, cli
-
-NOTES: frozenset[Told] = frozenset(
-    {
-        ("FC610", "info", "config.json"),
-        ("FC611", "info", "record"),
-        ("FC614", "info", "model.sig"),
-    }
-)
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("clean") / "release")
+from tests.release.faults import FAULTS, NOTES, Fault, told
+from tests.release.releases import write_sums
+from tests.support import cli
 
 
 def planted(clean: Path, folder: Path, faults: Iterable[Fault]) -> Path:
@@ -36,12 +25,6 @@ def planted(clean: Path, folder: Path, faults: Iterable[Fault]) -> Path:
         if one.is_after_sums:
             one.plant(folder)
     return folder
-
-
-def told(outcome: Outcome) -> set[Told]:
-    found = [(one["code"], one["severity"], one["key"]) for one in outcome.document["findings"]]
-    assert len(found) == len(set(found)), found
-    return set(found)
 
 
 @pytest.mark.parametrize("name", FAULTS)
