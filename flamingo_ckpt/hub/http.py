@@ -137,7 +137,7 @@ class Http:
             raise failures.not_cached(ask)
         told: dict[str, str] = {}
         for _ in range(_MAX_REDIRECTS):
-            response = self._send(url, headers)
+            response = self._send(url, headers, ask)
             try:
                 here = {name.lower(): value for name, value in response.headers.items()}
                 if origin(url) == origin(self.endpoint):
@@ -151,29 +151,27 @@ class Http:
                     headers=here,
                     told=told,
                     url=url,
-                    chunks=self._chunks(response),
+                    chunks=self._chunks(response, ask),
                 )
                 return
             finally:
                 response.close()
         raise failures.bad_answer(ask, f"it is redirected more than {_MAX_REDIRECTS} times")
 
-    def _send(self, url: str, headers: Mapping[str, str]) -> Any:
+    def _send(self, url: str, headers: Mapping[str, str], ask: Ask) -> Any:
         from huggingface_hub import get_session
 
         own = self._headers() if origin(url) == origin(self.endpoint) else {}
         client = get_session()
         # A compressed body could not be told apart from a wrong one.
         sent = {**own, "Accept-Encoding": "identity", **headers}
-        request = client.build_request("GET", url, headers=sent, timeout=_TIMEOUT_SECONDS)
         self.meter.add(num_requests=1)
         try:
+            request = client.build_request("GET", url, headers=sent, timeout=_TIMEOUT_SECONDS)
             return client.send(request, stream=True, follow_redirects=False)
-        except Exception as error:
-            again = _passing(error)
-            if again is None:
-                raise
-        raise again  # out here: the error of HTTP has the request, and so the token
+        except Exception as error:  # of the HTTP library
+            failure = _failure(error, ask)
+        raise failure  # out here: the error of HTTP has the request, and so the token
 
     def _headers(self) -> dict[str, str]:
         if self._own_headers is None:
@@ -186,18 +184,16 @@ class Http:
             )
         return self._own_headers
 
-    def _chunks(self, response: Any) -> Iterator[bytes]:
-        again: Again | None = None
+    def _chunks(self, response: Any, ask: Ask) -> Iterator[bytes]:
+        failure: Exception | None = None
         try:
             for chunk in response.iter_raw():
                 self.meter.add(num_bytes=len(chunk))
                 yield chunk
-        except Exception as error:
-            again = _passing(error)
-            if again is None:
-                raise
-        if again is not None:
-            raise again
+        except Exception as error:  # of the HTTP library
+            failure = _failure(error, ask)
+        if failure is not None:
+            raise failure
 
     def check_status(self, answer: Answer, ask: Ask, wanted: tuple[int, ...]) -> None:
         """Raise for every status that is not wanted.
@@ -249,16 +245,16 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _passing(error: Exception) -> Again | None:
-    """An error of the connection; None for any other.
+def _failure(error: Exception, ask: Ask) -> Exception:
+    """What to raise for an error of the HTTP library: `Again` for one of the connection.
 
-    Told by the name of its class: the HTTP library that `huggingface_hub` builds on is another one
-    in every major version.
+    Told by the name of its class: the library that `huggingface_hub` builds on is another one in
+    every major version.
     """
     names = [one.__name__ for one in type(error).__mro__]
-    if "TransportError" in names:
+    if "TransportError" in names and names[0] not in ("UnsupportedProtocol", "LocalProtocolError"):
         return Again(failures.reason_of(error))
-    return None
+    return failures.unreachable(ask, failures.reason_of(error))
 
 
 def origin(url: str) -> tuple[str, str, int | None]:

@@ -19,7 +19,7 @@ from flamingo_ckpt.hub.listing import HubFile, Listing, ask_for, find_file, list
 from flamingo_ckpt.hub.names import HubUri
 
 # One request brings at least so much: a header, a directory and its neighbours in one piece.
-_BLOCK_BYTES = 32 << 10
+_BLOCK_BYTES = 16 << 10
 # A request for more than this is for a known length, and brings exactly that.
 _EXACT_BYTES = 4 << 10
 # What git itself keeps is small, and read whole when it is read: an index, a config.

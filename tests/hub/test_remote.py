@@ -406,3 +406,22 @@ def test_what_is_not_there(server: HubServer, uri: str, code: str) -> None:
 def test_a_gated_repository(server: HubServer) -> None:
     server.push(REPO, {"model.safetensors": hollow_safetensors(SMALL)}, gated=True)
     refused(server, "FC472")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://", "ftp://127.0.0.1", "http://a b"])
+def test_an_endpoint_that_is_none(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(CkptError) as caught:
+        open_checkpoint(URI)
+    assert caught.value.code == "FC474"
+    assert "HF_ENDPOINT" in str(caught.value.hint)
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CkptError) as caught:
+        open_checkpoint(URI)
+    assert caught.value.code == "FC474"
+    assert len(waits) == 4
