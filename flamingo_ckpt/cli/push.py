@@ -91,10 +91,11 @@ def _check_options(chosen: dict[str, Any]) -> None:
 def _list_files(
     chosen: dict[str, Any], out: Output
 ) -> tuple[list[LocalFile], list[tuple[str, str]]]:
-    from flamingo_ckpt.transfer.push import list_local
+    from flamingo_ckpt.transfer.push import list_local, num_bytes_of
 
-    with out.progress_bar([("hashing", 0)]) as progress:
-        return list_local(chosen["folder"], chosen["report_path"], progress.phase("hashing"))
+    folder = chosen["folder"]
+    with out.progress_bar([("hashing", num_bytes_of(folder))]) as progress:
+        return list_local(folder, chosen["report_path"], progress.phase("hashing"))
 
 
 def _match_report(chosen: dict[str, Any], files: list[LocalFile]) -> dict[str, Any] | None:

@@ -10,7 +10,13 @@ from typing import Any
 from flamingo_ckpt import hub
 from flamingo_ckpt.formats.folder import WEIGHT_FILES, is_carried
 from flamingo_ckpt.formats.opening import is_index, open_checkpoint, read_source
-from flamingo_ckpt.formats.sharded import choose_files, open_folder, open_index_in, shards_in
+from flamingo_ckpt.formats.sharded import (
+    choose_files,
+    open_folder,
+    open_index_in,
+    require_there,
+    shards_in,
+)
 from flamingo_ckpt.hub.fetching import fetch_file
 from flamingo_ckpt.hub.listing import HubFile
 from flamingo_ckpt.hub.remote import list_all, open_remote
@@ -127,7 +133,9 @@ def plan_fetch(uri: str) -> Fetch | None:
     if name is not None and name.endswith(".json") and is_index(folder.open(name)):
         index = name
     if index is not None:
-        names = [index, *shards_in(folder, index)]
+        shards = shards_in(folder, index)
+        require_there(folder, shards, folder.join(index))  # before gigabytes are on their way
+        names = [index, *shards]
     weights = {listing.uri.join(one).path for one in names}
     alone = name is not None and index is None
     needed = [

@@ -111,6 +111,16 @@ def open_index_in(
     path = uri or folder.join(name)
     weight_map, metadata = _read_index(source)
     shards = sorted(set(weight_map.values()))
+    require_there(folder, shards, path)
+    manifest = _gather(folder, shards, options)
+    _cross_check(weight_map, manifest, path)
+    findings = [*manifest.findings, *_check_total(metadata, manifest)]
+    details = {**manifest.details, "index": name}
+    return replace(manifest, uri=path, findings=tuple(findings), details=details)
+
+
+def require_there(folder: Folder, shards: list[str], path: str) -> None:
+    """Raise FC107 for shards that an index names and that are not in its folder."""
     missing = [shard for shard in shards if not folder.exists(shard)]
     if missing:
         raise FormatError(
@@ -120,11 +130,6 @@ def open_index_in(
             where=path,
             hint="download or copy the missing shards",
         )
-    manifest = _gather(folder, shards, options)
-    _cross_check(weight_map, manifest, path)
-    findings = [*manifest.findings, *_check_total(metadata, manifest)]
-    details = {**manifest.details, "index": name}
-    return replace(manifest, uri=path, findings=tuple(findings), details=details)
 
 
 def _read_index(source: ByteSource) -> tuple[dict[str, str], Mapping[str, Any]]:

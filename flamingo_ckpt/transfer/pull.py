@@ -18,7 +18,7 @@ from flamingo_ckpt import __version__, hub
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats.folder import WEIGHT_FILES, is_carried, is_code, is_pickle
 from flamingo_ckpt.formats.opening import is_index
-from flamingo_ckpt.formats.sharded import shards_in
+from flamingo_ckpt.formats.sharded import require_there, shards_in
 from flamingo_ckpt.formats.staging import (
     check_replaceable,
     check_space,
@@ -113,7 +113,9 @@ def plan_pull(uri: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
     if name is not None:
         wanted = {name}
         if name.endswith(".json") and is_index(folder.open(name)):
-            wanted |= set(shards_in(folder, name))
+            shards = shards_in(folder, name)
+            require_there(folder, shards, folder.join(name))
+            wanted |= set(shards)
         files = {path: one for path, one in files.items() if path in wanted}
     has_safetensors = any(path.endswith(".safetensors") for path in files)
     taken: list[PullFile] = []

@@ -241,6 +241,20 @@ def test_a_hostile_index_downloads_nothing(server: HubServer, cache: Path, tmp_p
     assert not any("secret" in one.path for one in server.requests)
 
 
+@pytest.mark.parametrize("path", ["", "/model.safetensors.index.json"])
+def test_a_shard_that_is_not_there_is_noticed_before_the_others_are_downloaded(
+    server: HubServer, cache: Path, tmp_path: Path, path: str
+) -> None:
+    files = files_of("sharded")
+    del files["model-00003-of-00003.safetensors"]
+    server.push(REPO, files)
+    verbs = [("convert", URI + path)] + ([("pull", URI + path)] if path else [])
+    for verb in verbs:
+        outcome = cli(*verb, tmp_path / "out", "--json")
+        assert outcome.codes == ["FC107"]
+    assert not server.asked("GET", "/store/")
+
+
 def test_both_a_single_file_and_an_index(server: HubServer, cache: Path) -> None:
     server.push(REPO, RELEASE | {"model.safetensors": RELEASE["model-00001-of-00003.safetensors"]})
     with pytest.raises(CkptError) as caught:
