@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def _importable_oracles() -> None:
 
     # Threads wait for each other over a tiny model, and the order of a sum depends on them.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected(_importable_oracles: None) -> None:
+    """No collection walks over what was imported before, which is half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

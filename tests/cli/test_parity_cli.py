@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from tests import zoo
 from tests.cli.test_contract import check_document
 from tests.parity.planting import embedding
-from tests.parity.sides import CLIP_STAGES, FLAMINGO_STAGES, Pair, Sides, without_garbage
+from tests.parity.sides import CLIP_STAGES, FLAMINGO_STAGES, Pair, Sides
 from tests.report import goldens
 from tests.support import FIXTURES, Outcome, cli, tree
 
@@ -31,10 +32,9 @@ TOP_FIELDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
-    with without_garbage():
-        yield
+@pytest.fixture(autouse=True)
+def _frozen() -> None:
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,6 @@ from typing import Any
 from tests import zoo
 from tests.layout_support import Files
 from tests.support import Outcome, cli
-
-
-@contextlib.contextmanager
-def without_garbage() -> Iterator[None]:
-    """A check collects garbage to free its weights: half of its time over what was imported."""
-    import transformers  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
 
 State = dict[str, Any]
 #: Changes a state dict in place, or gives another one.
