@@ -25,6 +25,8 @@ VERBS = (
     *("layouts", "explain", "manifest", "sign", "verify-signature", "report"),
 )
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+#: The option whose value no report repeats.
+_SIGN_IN = "--identity-token"
 
 
 class _Terminated(BaseException):
@@ -88,12 +90,24 @@ def run(argv: Sequence[str]) -> int:
 
 def _invoke(arguments: tuple[str, ...], ended: dict[str, Any]) -> int:
     with cli.make_context("flamingo-ckpt", list(arguments)) as context:
-        context.meta["argv"] = arguments
+        context.meta["argv"] = _tellable(arguments)
         try:
             code = cli.invoke(context)
         finally:
             ended.update(context.meta)
     return code if isinstance(code, int) else 0
+
+
+def _tellable(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The command line as reports have it: without what signs in its user."""
+    told: list[str] = []
+    for word in arguments:
+        if told and told[-1] == _SIGN_IN:
+            word = "***"
+        elif word.startswith(f"{_SIGN_IN}="):
+            word = f"{_SIGN_IN}=***"
+        told.append(word)
+    return tuple(told)
 
 
 def _explain(error: Exception) -> CkptError:
@@ -138,7 +152,7 @@ def _failed(arguments: tuple[str, ...], error: CkptError, exit_code: int) -> int
     command = next((word for word in arguments if word in VERBS), "")
     out = Output(json="--json" in arguments)
     try:
-        out.emit(error_report(error, command, arguments, 0.0, exit_code))
+        out.emit(error_report(error, command, _tellable(arguments), 0.0, exit_code))
     except OSError:
         pass  # there is nobody to tell
     return exit_code

@@ -24,6 +24,7 @@ SUMS_NAME: Final = "SHA256SUMS"
 TENSORS_NAME: Final = "manifest.json"
 #: What is made after the sums, or holds them.
 SIGNATURE_NAMES: Final = ("model.sig", "SHA256SUMS.sig")
+NOT_COVERED: Final = (SUMS_NAME, *SIGNATURE_NAMES)
 #: `./` in front of a name is what `find . -type f | xargs sha256sum` writes.
 _LINE: Final = re.compile(r"(?P<digest>[0-9A-Fa-f]{64}) [ *](?:\./)?(?P<name>.+)")
 _MAX_BYTES = 64 << 20
@@ -76,7 +77,7 @@ def tensor_digests(manifest: Manifest, on_bytes: OnBytes = lambda _: None) -> li
 
 def is_covered(path: str) -> bool:
     """Whether a file of the folder is one that the sums are of."""
-    return path not in (SUMS_NAME, *SIGNATURE_NAMES)
+    return path not in NOT_COVERED
 
 
 def sums_text(files: Sequence[FileFact]) -> str:
@@ -127,9 +128,9 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         CkptError: FC607 for a line that is none of its.
     """
     found: dict[str, str] = {}
-    # by line feeds alone, as sha256sum: a carriage return is a part of the name
+    # by line feeds alone, as sha256sum, which lets a carriage return before one pass
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        match = _LINE.fullmatch(line)
+        match = _LINE.fullmatch(line.removesuffix("\r"))
         if match is None or match["name"] in found:
             raise CkptError(
                 f"line {number} of `{where}` is no line of sha256sum, or names a file twice: "
@@ -236,13 +237,45 @@ def check_manifest(subject: Subject, files: Sequence[FileFact]) -> Outcome:
         sums = parse_sums(read_text(file, _MAX_BYTES), SUMS_NAME)
     except CkptError as error:
         return failed("manifest", error)
-    findings = tuple(compare(sums, files))
+    findings = (*compare(sums, files), *_of_tensors(subject, files))
     sentence = (
         f"{len(findings)} of {len({*sums})} files are not as `{SUMS_NAME}` says"
         if findings
         else f"all {len(sums)} files are as `{SUMS_NAME}` says"
     )
     return Outcome(name="manifest", sentence=sentence, findings=findings)
+
+
+def _of_tensors(subject: Subject, files: Sequence[FileFact]) -> Iterator[Finding]:
+    """FC607 where `manifest.json` tells of other files or other tensors than there are."""
+    try:
+        document = subject.json_of(TENSORS_NAME, _MAX_BYTES)
+    except CkptError:
+        return  # of somebody else, like one of another form
+    tool = document.get("tool") if isinstance(document, Mapping) else None
+    if not isinstance(tool, Mapping) or tool.get("name") != "flamingo-ckpt":
+        return
+    there = {
+        (one.path, one.sha256) for one in files if one.path not in (TENSORS_NAME, *NOT_COVERED)
+    }
+    if _rows(document, "files", "path", "sha256") != there:
+        yield _stale(TENSORS_NAME, "lists other files than there are")
+        return
+    if subject.manifest is None:
+        return
+    held = {(one.name, one.dtype.name, str(list(one.shape))) for one in subject.manifest.tensors}
+    if _rows(document, "tensors", "name", "dtype", "shape") != held:
+        yield _stale(TENSORS_NAME, "lists other tensors than there are")
+
+
+def _rows(document: Mapping[str, Any], field: str, *names: str) -> set[tuple[str, ...]]:
+    """Some fields of every entry of a list, as texts."""
+    entries = document.get(field)
+    return {
+        tuple(str(one.get(name)) for name in names)
+        for one in (entries if isinstance(entries, list) else ())
+        if isinstance(one, Mapping)
+    }
 
 
 def content_digest(rows: Sequence[tuple[str, str, Sequence[int], str]]) -> str:

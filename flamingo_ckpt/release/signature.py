@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.release.folder import NEVER_UPLOADED
 from flamingo_ckpt.release.manifest import SIGNATURE_NAMES
 from flamingo_ckpt.release.result import Outcome, skipped
 from flamingo_ckpt.release.subject import Subject
@@ -42,7 +43,7 @@ def sign(
     """
     signing = _library().signing
     folder, signature = os.path.abspath(folder), os.path.abspath(signature)
-    config = signing.Config().set_hashing_config(_hashing(signature))
+    config = signing.Config().set_hashing_config(_hashing(folder, signature))
     try:
         if private_key is not None:
             config = config.use_elliptic_key_signer(private_key=private_key)
@@ -68,7 +69,7 @@ def verify(
     """
     verifying = _library().verifying
     folder, signature = os.path.abspath(folder), os.path.abspath(signature)
-    config = verifying.Config().set_hashing_config(_hashing(signature))
+    config = verifying.Config().set_hashing_config(_hashing(folder, signature))
     try:
         if public_key is not None:
             config = config.use_elliptic_key_verifier(public_key=public_key)
@@ -79,13 +80,15 @@ def verify(
         raise _failed("the signature does not hold", error, folder) from error
 
 
-def _hashing(signature: str) -> Any:
-    """Every file counts but the signature; paths are absolute, as the library compares them."""
-    return (
-        _library()
-        .hashing.Config()
-        .set_ignored_paths(paths=[os.path.abspath(signature)], ignore_git_paths=True)
-    )
+def _hashing(folder: str, signature: str) -> Any:
+    """Every file counts but the signature, what downloads keep beside, and what is git's own.
+
+    The hub adds `.gitattributes` after the signature was made. Paths are absolute, as the library
+    compares them.
+    """
+    ignored = [os.path.abspath(signature)]
+    ignored += [os.path.join(folder, name) for name in NEVER_UPLOADED]
+    return _library().hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=True)
 
 
 def _library() -> Any:
