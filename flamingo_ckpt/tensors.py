@@ -213,6 +213,11 @@ class Manifest:
     open_beside: Callable[[str], ByteSource | None] = lambda _: None
     remote: Callable[[], Mapping[str, Any]] | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its bytes are on this machine; on the hub they are not read for a hint."""
+        return self.remote is None or bool(self.remote().get("downloaded"))
+
     def by_name(self) -> dict[str, TensorInfo]:
         """The tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}

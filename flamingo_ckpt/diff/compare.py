@@ -293,7 +293,8 @@ def _pair(ours: View, a: Side, b: Side, level: str, found: _Sorted) -> None:
             )
     if a.detection and b.detection and not (are_comparable(a, b) and have_one_family(a, b)):
         return  # the names of another model are no misspellings
-    reads = level != "keys" and not a.is_model and not b.is_model
+    has_bytes = not a.is_model and not b.is_model
+    reads = level != "keys" and has_bytes and a.manifest.is_local and b.manifest.is_local
     for pair in find_renamed(found.unexpected, found.missing, reads=reads):
         del found.unexpected[pair.ours], found.missing[pair.theirs]
         found.pairs.append(pair)

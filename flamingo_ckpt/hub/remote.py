@@ -26,6 +26,7 @@ _EXACT_BYTES = 4 << 10
 _WHOLE_BYTES = 1 << 20
 # Headers lie at the ends of a file. What needs more than this lies all over it.
 _MAX_REQUESTS = 64
+_MAX_BYTES = 32 << 20
 # The address of a store is signed, and runs out.
 _EXPIRED = (400, 401, 403, 404, 410)
 
@@ -151,9 +152,15 @@ class RemoteSource:
             following = (begin for begin in self._pieces if begin >= end)
             end = min(first + _BLOCK_BYTES, min(following, default=self.size))
         self._num_fetches += 1
-        if self._num_fetches > _MAX_REQUESTS:
+        have = sum(map(len, self._pieces.values()))
+        if self._num_fetches > _MAX_REQUESTS or have + end - first > _MAX_BYTES:
             raise CkptError(
-                "its headers are spread over the whole file, which ranges are no way to read",
+                "its headers are "
+                + (
+                    f"more than {_MAX_BYTES >> 20} MiB"
+                    if have + end - first > _MAX_BYTES
+                    else "spread over the whole file, which ranges are no way to read"
+                ),
                 code="FC002",
                 where=self._name,
                 hint="download it: `flamingo-ckpt pull`",

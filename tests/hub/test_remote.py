@@ -15,7 +15,7 @@ from flamingo_ckpt.models.presets import PRESETS
 from flamingo_ckpt.prepare import own_config
 from flamingo_ckpt.tensors import Manifest
 from tests.hub.support import LARGE, hollow_safetensors, hollow_torch
-from tests.hub_server import Content, HubServer
+from tests.hub_server import Content, Hollow, HubServer
 from tests.support import FIXTURES, cli, cli_ok
 
 REPO = "someone/model"
@@ -128,6 +128,24 @@ def test_a_remote_diff_of_four_gigabytes(server: HubServer, tmp_path: Path) -> N
     assert inputs[1]["remote"]["revision"] == commit
     told = f"read {inputs[1]['remote']['num_bytes_read'] / 1000:.3g} kB of 4.2 GB at {commit[:12]}"
     assert told in outcome.out
+
+
+def test_content_is_not_read_to_guess_what_was_renamed(server: HubServer, tmp_path: Path) -> None:
+    """It is the better evidence, and would be gigabytes."""
+    first = next(iter(LARGE))
+    renamed = {name.replace(first, f"{first}_"): shape for name, shape in LARGE.items()}
+    server.push(REPO, {"model.safetensors": hollow_safetensors(LARGE)})
+    server.push(REPO, {"model.safetensors": hollow_safetensors(renamed)}, branch="other")
+    document = cli("diff", URI, f"{URI}@other", "--json").document
+    assert document["summary"]["same"] == 333
+    assert all(one["remote"]["num_bytes_read"] < 200_000 for one in document["inputs"])
+
+
+def test_a_header_that_claims_a_hundred_megabytes_is_not_fetched(server: HubServer) -> None:
+    content = Hollow(4 << 30, (99_000_000).to_bytes(8, "little") + b"{")
+    server.push(REPO, {"model.safetensors": content})
+    assert "more than 32 MiB" in refused(server, "FC002").message
+    assert len(server.asked("GET", "/store/")) == 1
 
 
 def test_local_headers_of_a_zip_are_not_read_one_by_one(server: HubServer) -> None:
