@@ -211,7 +211,9 @@ def local_source(src: str, out: Output) -> str:
     from flamingo_ckpt.formats.remote import fetch, plan_fetch
 
     plan = plan_fetch(src)
-    with out.progress_bar([("downloading", plan.num_bytes if plan else 0)]) as progress:
+    if plan is None:
+        return fetch(src)
+    with out.progress_bar([("downloading", plan.num_bytes)]) as progress:
         return fetch(src, plan, progress.phase("downloading"))
 
 

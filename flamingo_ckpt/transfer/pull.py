@@ -214,6 +214,8 @@ def run_pull(
             if not is_right:
                 raise _differs(plan, one, digest, os.path.getsize(target))
             digests[one.path] = digest
+        for folder in {os.path.dirname(one.path) for one in plan.files} - {""}:
+            sync_folder(os.path.join(staging, folder))
         write_synced(os.path.join(staging, RECORD_NAME), _record(plan, digests))
     return Pulled(digests=digests, num_bytes_moved=moved[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from flamingo_ckpt import hub
 from flamingo_ckpt.errors import CkptError, Finding, UnsafeError, name_some
@@ -135,7 +135,7 @@ def num_bytes_of(folder: str) -> int:
 def _walk(folder: str) -> list[str]:
     """Relative paths of all that is no folder, links to folders among them; hidden folders once."""
     found: list[str] = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=_refuse):
         inside = os.path.relpath(root, folder)
         start = "" if inside == "." else inside.replace(os.sep, "/") + "/"
         stays = [
@@ -144,6 +144,15 @@ def _walk(folder: str) -> list[str]:
         folders[:] = sorted(set(folders) - set(stays))
         found += [start + name for name in (*files, *stays)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """What cannot be listed could hold anything."""
+    raise CkptError(
+        f"cannot list `{escape(str(error.filename))}`: {error.strerror}",
+        code="FC002",
+        where=str(error.filename),
+    )
 
 
 def _is_hidden(path: str) -> bool:
