@@ -23,6 +23,7 @@ from flamingo_ckpt.formats.staging import (
     check_replaceable,
     check_space,
     staged_folder,
+    sync_folder,
     write_synced,
 )
 from flamingo_ckpt.hub.fetching import fetch_file
