@@ -80,7 +80,7 @@ def choose_tensors(manifest: Manifest, options: PlanOptions) -> Chosen:
             dropped.append(Dropped(name=tensor.name, reason=reason))
             continue
         names[name] = tensor
-    _check_views(distinct(names.values()), options.max_expansion, where)
+    check_views(distinct(names.values()), options.max_expansion, where)
     dropped += [
         Dropped(name=item.path, reason=f"beside the weights: {item.kind}")
         for item in manifest.beside
@@ -161,7 +161,7 @@ def _exclude_glob(first: TensorInfo, second: TensorInfo) -> str:
     return glob if not fnmatch.fnmatchcase(shorter, glob) else longer
 
 
-def _check_views(tensors: list[TensorInfo], max_expansion: float, where: str) -> None:
+def check_views(tensors: list[TensorInfo], max_expansion: float, where: str) -> None:
     """Views are written out in full; that must not turn a small file into a huge one."""
     totals: dict[int, int] = {}
     for tensor in tensors:

@@ -16,6 +16,7 @@ from flamingo_ckpt.errors import CkptError, Finding
 from flamingo_ckpt.plan import Step
 from flamingo_ckpt.release.folder import read_text
 from flamingo_ckpt.release.result import FileFact, Outcome, failed, skipped
+from flamingo_ckpt.release.statistics import check_expansion
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.stream import Derived, OnBytes, check_unchanged, derive, run_tasks
 from flamingo_ckpt.tensors import Manifest, distinct, escape, is_tensor_name
@@ -44,8 +45,10 @@ def tensor_digests(manifest: Manifest, on_bytes: OnBytes = lambda _: None) -> li
     """The SHA-256 of every tensor, by name; tied names have the same one.
 
     Raises:
-        CkptError: where the checkpoint cannot be read or changes meanwhile.
+        CkptError: FC307 as `check_expansion`; where the checkpoint cannot be read or changes
+            meanwhile.
     """
+    check_expansion(manifest)
     steps = [
         Step(source=tensor, name=tensor.name, dtype=tensor.dtype)
         for tensor in distinct(manifest.tensors)

@@ -6,8 +6,10 @@ import math
 import threading
 from dataclasses import dataclass
 
+from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats.cast import widen
 from flamingo_ckpt.plan import Step
+from flamingo_ckpt.selection import check_views
 from flamingo_ckpt.stream import (
     Derived,
     OnBytes,
@@ -47,9 +49,10 @@ def statistics_of(manifest: Manifest, on_bytes: OnBytes = lambda _: None) -> dic
     """The statistics of every stored tensor, by its first name; checksums are checked on the way.
 
     Raises:
-        CkptError: FC102, FC105 for bytes that are not there or not what they were, FC007 for a
-            file that changed meanwhile.
+        CkptError: FC307 as `check_expansion`, FC102, FC105 for bytes that are not there or not what
+            they were, FC007 for a file that changed meanwhile.
     """
+    check_expansion(manifest)
     steps = [
         Step(source=tensor, name=tensor.name, dtype=tensor.dtype)
         for tensor in distinct(manifest.tensors)
@@ -63,6 +66,15 @@ def statistics_of(manifest: Manifest, on_bytes: OnBytes = lambda _: None) -> dic
     check_unchanged(manifest)
     by_name = {one.tensor.name: one for one in found}
     return {step.name: by_name[step.name] for step in steps}
+
+
+def check_expansion(manifest: Manifest) -> None:
+    """Raise FC307 where reading every tensor would be reading far more than is stored."""
+    try:
+        check_views(list(distinct(manifest.tensors)), 1.0, manifest.uri)
+    except CkptError as error:
+        error.hint = "save it contiguous, or the small tensor alone"
+        raise
 
 
 def _measure(step: Step, buffer: bytearray, stop: threading.Event, on_bytes: OnBytes) -> Statistics:
