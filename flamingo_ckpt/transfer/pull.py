@@ -143,6 +143,8 @@ def _why_left(
     path: str, include: Sequence[str], exclude: Sequence[str], has_safetensors: bool, is_named: bool
 ) -> str:
     """Why a file is left on the hub; "" where it is taken."""
+    if path == RECORD_NAME:
+        return "the record of another pull"
     if any(_fits(path, glob) for glob in exclude):
         return "--exclude"
     if include:
@@ -151,9 +153,7 @@ def _why_left(
         return ""
     name = path.rpartition("/")[2]
     suffix = os.path.splitext(name)[1].lower()
-    if path == RECORD_NAME or (
-        any(part.startswith(".") for part in path.split("/")) and name != ".gitattributes"
-    ):
+    if any(part.startswith(".") for part in path.split("/")) and name != ".gitattributes":
         return "hidden"
     if is_code(name):
         return "code"

@@ -131,6 +131,16 @@ def test_what_the_user_chooses(
     assert found == wanted | extra
 
 
+def test_everything_but_the_record_of_another_pull(
+    server: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    commit = server.push(REPO, RELEASE | {pull.RECORD_NAME: b"{}", "x.py": b"1"})
+    cli_ok("pull", URI, tmp_path / "out", "--include", "*")
+    found = tree(tmp_path / "out")
+    assert json.loads(found.pop(pull.RECORD_NAME))["commit"] == commit
+    assert found == RELEASE | {"x.py": b"1"}
+
+
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
