@@ -7,7 +7,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,11 @@ def render_page(
     from markupsafe import Markup
 
     css, code = _data("page.css"), _data(script) if script else ""
-    page = _environment(parity or report).get_template(template)
+    page = _environment().get_template(template)
     return page.render(
         **context,
         report=report,
+        gates=partial(parity_words.gates, parity or report),
         command=[shlex.quote(word) for word in ("flamingo-ckpt", *report.argv)],
         # style sheet and script are ours, and hold nothing of the report
         css=Markup(css),  # noqa: S704
@@ -70,7 +71,9 @@ def _digest(text: str) -> str:
     return f"sha256-{digest.decode('ascii')}"
 
 
-def _environment(parity: Report) -> jinja2.Environment:
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """One for the process: templates are compiled once."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -87,7 +90,6 @@ def _environment(parity: Report) -> jinja2.Environment:
         "cosine": parity_words.cosine,
         "share": parity_words.share,
         "used": parity_words.used,
-        "gates": partial(parity_words.gates, parity),
         "outcome": parity_words.outcome,
         "greedy": parity_words.greedy_text,
         "weights": parity_words.weights_text,
