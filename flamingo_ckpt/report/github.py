@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flamingo_ckpt.errors import Finding
 from flamingo_ckpt.report.document import Report
-from flamingo_ckpt.report.markdown import check_table, code, prose, table
+from flamingo_ckpt.report.markdown import check_sections, code, prose, table
 from flamingo_ckpt.report.places import place_of
 from flamingo_ckpt.report.words import (
     KINDS,
@@ -89,7 +89,7 @@ def to_step_summary(report: Report) -> str:
     lines = [f"## {prose(_title(report))}: {verdict_word(report)}", ""]
     lines += [f"**{prose(sentence(report))}**", ""]
     if report.extra.get("checks"):
-        lines += check_table(report)
+        lines += check_sections(report)
     for group in groups(report.findings):
         lines += _folded(group)
     lines.append(f"<sub>{code(' '.join(('flamingo-ckpt', *report.argv)))}</sub>")

@@ -22,7 +22,7 @@ def to_markdown(report: Report) -> str:
 
         lines += parity_sections(report)
     elif report.command == "check" and report.summary:
-        lines += [f"**{prose(sentence(report))}**", "", *check_table(report)]
+        lines += [f"**{prose(sentence(report))}**", "", *check_sections(report)]
     elif report.command == "explain" and report.summary:
         lines += [line for one in report.extra["codes"] for line in _page(one)]
     elif report.summary:
@@ -46,14 +46,19 @@ def _page(one: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def check_table(report: Report) -> list[str]:
-    """One row for each check: how it ended, in a word, and why."""
+def check_sections(report: Report) -> list[str]:
+    """One row for each check: how it ended, in a word, and why; then what was let pass, by whom."""
     rows = []
     for one in report.extra["checks"]:
         found = [item.code for item in report.findings if item.data.get("check") == one["name"]]
         status = one["status"] + (", required" if one["required"] else "")
         rows.append((one["name"], status, one["sentence"], ", ".join(dict.fromkeys(found))))
-    return table(("check", "status", "", "codes"), rows)
+    lines = table(("check", "status", "", "codes"), rows)
+    names = ("code", "detail", "reason", "owner", "until")
+    waived = [[one[name] for name in names] for one in report.extra["waived"]]
+    if waived:
+        lines += table(("waived", "what was found", "reason", "owner", "until"), waived)
+    return lines
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
