@@ -280,9 +280,13 @@ def _recorder(
 
 
 def _inputs(subject: Subject, source: str | None) -> tuple[dict[str, Any], ...]:
-    found = []
+    """The release, whatever is wrong with it: files that findings name are in it. Then its source."""
     if subject.manifest is not None:
-        found.append(describe_release(subject.manifest))
+        found = [describe_release(subject.manifest)]
+    else:
+        unknown = dict.fromkeys(("format", "layout", "prefix", "wrapper"))
+        num_bytes = sum(one.num_bytes for one in subject.files)
+        found = [{"uri": subject.uri, **unknown, "num_tensors": 0, "num_bytes": num_bytes}]
     if source is not None:
         from flamingo_ckpt.formats import open_checkpoint
 
