@@ -280,7 +280,7 @@ def _recorder(
 
 
 def _inputs(subject: Subject, source: str | None) -> tuple[dict[str, Any], ...]:
-    """The release, whatever is wrong with it: files that findings name are in it. Then its source."""
+    """The release, whatever is wrong with it (findings name files in it), then its source."""
     if subject.manifest is not None:
         found = [describe_release(subject.manifest)]
     else:
