@@ -158,7 +158,7 @@ def unreachable(ask: Ask, reason: str, hint: str | None = None) -> CkptError:
 def bad_answer(ask: Ask, why: str, hint: str | None = None) -> CkptError:
     """FC476."""
     return CkptError(
-        f"the server's answer for {ask} is not what was asked for: {why}",
+        f"the server's answer for {ask} is not what was asked for: {escape(why)}",
         code="FC476",
         where=ask.where,
         hint=hint
@@ -170,7 +170,7 @@ def bad_answer(ask: Ask, why: str, hint: str | None = None) -> CkptError:
 def changed(ask: Ask, why: str) -> CkptError:
     """FC477."""
     return CkptError(
-        f"{ask} changed on the hub while it was read: {why}",
+        f"{ask} changed on the hub while it was read: {escape(why)}",
         code="FC477",
         where=ask.where,
         hint="run the same command again; a commit as revision does not change",

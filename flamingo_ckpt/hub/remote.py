@@ -220,12 +220,13 @@ class RemoteSource:
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise failures.bad_answer(self._ask, "it is compressed, which nobody asked for")
         length = answer.headers.get("content-length")
-        if answer.status == 200 and (begin, end, length) != (0, self.size, str(self.size)):
+        if answer.status == 200 and not self._is_whole(answer):
+            told = length or "an unknown number of"
+            raise failures.bad_answer(self._ask, f"{told} bytes, and {self.size} are listed")
+        if answer.status == 200 and (begin, end) != (0, self.size):
             raise failures.bad_answer(
                 self._ask,
-                "the whole file instead of a range"
-                if begin or end != self.size
-                else f"{length} bytes, and {self.size} are listed",
+                "the whole file instead of a range",
                 "this server knows no ranges, and nothing was downloaded: `flamingo-ckpt pull` "
                 "downloads the file",
             )

@@ -206,6 +206,15 @@ def test_a_server_without_ranges_is_refused_before_it_sends_the_file(server: Hub
     assert len(server.asked("GET", "/store/")) == 1
 
 
+def test_a_page_instead_of_the_file(server: HubServer) -> None:
+    """As a captive portal answers everything."""
+    content = hollow_safetensors(LARGE)
+    server.push(REPO, {"model.safetensors": content})
+    server.ignore_ranges = True
+    server.lie = {"Content-Length": "512"}
+    assert f"512 bytes, and {content.size} are listed" in refused(server, "FC476").message
+
+
 def test_a_small_file_may_come_whole(server: HubServer) -> None:
     server.push(REPO, {"model.safetensors": (FIXTURES / "tiny.safetensors").read_bytes()})
     server.ignore_ranges = True
@@ -273,6 +282,7 @@ def test_a_digest_that_is_not_the_listed_one(server: HubServer) -> None:
         ("Content-Length", "1000000", "1000000 bytes instead of"),
         ("Content-Length", "5", "5 bytes instead of"),
         ("X-Linked-Size", "17", "it claims 17 bytes"),
+        ("X-Linked-Size", "\x1b[31m", "it claims \\x1b[31m bytes"),
         ("X-Repo-Commit", "f" * 40, "of commit"),
         ("Location", "ftp://127.0.0.1/x", "redirected"),
     ],
