@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from flamingo_ckpt.cli.main import cli as program
-from tests.support import FIXTURES
+from tests.support import FIXTURES, cli
 
 ROOT = FIXTURES.parent
 README = (ROOT / "README.md").read_text()
@@ -142,6 +142,18 @@ def test_the_action_checks_and_renders_and_answers(release: Path, tmp_path: Path
     assert "check: failed" in (folder / "report.html").read_text()
     assert json.loads((folder / "report.sarif").read_text())["version"] == "2.1.0"
     assert ET.parse(folder / "report.xml").getroot().tag == "testsuites"
+
+
+def test_annotations_name_the_release_and_not_its_source(tmp_path: Path) -> None:
+    """Also where nothing but the source could be read."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no header")
+    stored = tmp_path / "report.json"
+    source = FIXTURES / "tiny.safetensors"
+    assert cli("check", tmp_path / "broken", "--source", source, "--output", stored).code == 1
+    lines = cli("report", "render", stored, "--format", "github").out.splitlines()
+    (place,) = {line.split(",")[0] for line in lines if "model.safetensors" in line}
+    assert place == f"::error file={tmp_path}/broken/model.safetensors"
 
 
 def test_inputs_of_the_action_are_words_and_never_code(tmp_path: Path) -> None:
