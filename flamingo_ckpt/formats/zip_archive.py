@@ -114,8 +114,11 @@ class ZipArchive:
 
     def _find_directory(self) -> tuple[int, bytes, int]:
         size = self.source.size
-        tail_bytes = min(size, 22 + 0xFFFF)
+        tail_bytes = 22
         tail = self.source.read(size - tail_bytes, tail_bytes)
+        if tail.rfind(_END_MAGIC) != 0:  # a comment follows, which may be as long as this
+            tail_bytes = min(size, 22 + 0xFFFF)
+            tail = self.source.read(size - tail_bytes, tail_bytes)
         at = tail.rfind(_END_MAGIC)
         if at < 0 or len(tail) - at < 22:
             raise FormatError(

@@ -20,6 +20,8 @@ from flamingo_ckpt.hub.names import HubUri
 
 # One request brings at least so much: a header, a directory and its neighbours in one piece.
 _BLOCK_BYTES = 16 << 10
+# The end of a file is where a zip keeps its directory, of which its last bytes tell the length.
+_TAIL_BYTES = 32 << 10
 # A request for more than this is for a known length, and brings exactly that.
 _EXACT_BYTES = 4 << 10
 # What git itself keeps is small, and read whole when it is read: an index, a config.
@@ -149,8 +151,13 @@ class RemoteSource:
         if self._file.sha256 is None and self.size <= _WHOLE_BYTES and not self._pieces:
             first, end = 0, self.size
         elif end - first <= _EXACT_BYTES:
-            following = (begin for begin in self._pieces if begin >= end)
-            end = min(first + _BLOCK_BYTES, min(following, default=self.size))
+            ends = (begin + len(piece) for begin, piece in self._pieces.items())
+            before = max((stop for stop in ends if stop <= first), default=0)
+            after = min((begin for begin in self._pieces if begin >= end), default=self.size)
+            if first >= self.size - _TAIL_BYTES:
+                first, end = max(before, self.size - _TAIL_BYTES), after
+            else:
+                end = min(first + _BLOCK_BYTES, after)
         self._num_fetches += 1
         have = sum(map(len, self._pieces.values()))
         if self._num_fetches > _MAX_REQUESTS or have + end - first > _MAX_BYTES:

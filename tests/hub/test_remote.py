@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats import open_checkpoint
+from flamingo_ckpt.hub.names import parse_uri
+from flamingo_ckpt.hub.remote import open_remote
 from flamingo_ckpt.models.config import read_config
 from flamingo_ckpt.models.presets import PRESETS
 from flamingo_ckpt.prepare import own_config
@@ -80,23 +84,20 @@ def test_a_file_is_what_it_is_here(server: HubServer, name: str) -> None:
     assert there.wrapper == here.wrapper
 
 
+def shards(stem: str, suffix: str, make: Any) -> dict[str, Content]:
+    """Two halves and their index."""
+    names = [f"{stem}-0000{at}-of-00002{suffix}" for at in (1, 2)]
+    files = {name: make(half) for name, half in zip(names, LARGE_HALVES, strict=True)}
+    weight_map = {key: name for name, half in zip(names, LARGE_HALVES, strict=True) for key in half}
+    index = {"metadata": {"total_size": 334 * 1024 * 3072 * 4}, "weight_map": weight_map}
+    return files | {f"{stem}{suffix}.index.json": json.dumps(index).encode()}
+
+
 LARGE_FILES: dict[str, dict[str, Content]] = {
     "safetensors": {"model.safetensors": hollow_safetensors(LARGE)},
     "torch": {"checkpoint.pt": hollow_torch(LARGE)},
-    "sharded": {
-        "model-00001-of-00002.safetensors": hollow_safetensors(LARGE_HALVES[0]),
-        "model-00002-of-00002.safetensors": hollow_safetensors(LARGE_HALVES[1]),
-        "model.safetensors.index.json": json.dumps(
-            {
-                "metadata": {"total_size": 334 * 1024 * 3072 * 4},
-                "weight_map": {
-                    name: f"model-0000{at + 1}-of-00002.safetensors"
-                    for at, half in enumerate(LARGE_HALVES)
-                    for name in half
-                },
-            }
-        ).encode(),
-    },
+    "safetensors-shards": shards("model", ".safetensors", hollow_safetensors),
+    "torch-shards": shards("pytorch_model", ".bin", hollow_torch),
 }
 
 
@@ -192,6 +193,26 @@ def test_a_config_on_the_hub_is_a_model(server: HubServer) -> None:
         config = read_config(f"model:{uri}")
         assert (config.kind, config.where) == ("clip", f"{URI}@{commit}/{path}")
     assert cli("inspect", f"model:{URI}/sub", "--json").codes == ["FC404"]
+
+
+SOME = bytes(range(251)) * 800  # no power of two: a piece in the wrong place shows
+SPAN = st.tuples(st.integers(0, len(SOME)), st.integers(0, 70_000))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(SPAN, max_size=8))
+def test_any_range_in_any_order_is_what_lies_there(
+    server: HubServer, spans: list[tuple[int, int]]
+) -> None:
+    if REPO not in server.repositories:
+        server.push(REPO, {"x.bin": SOME})
+    folder, name = open_remote(parse_uri(f"{URI}/x.bin"), URI)
+    source = folder.open(str(name))
+    for offset, size in spans:
+        wanted = SOME[offset : offset + size]
+        assert source.read(offset, len(wanted)) == wanted
+    told = folder.cost()["num_bytes_read"]
+    assert told <= len(SOME) + 1000  # nothing is brought twice
 
 
 # -- a server that misbehaves
@@ -384,7 +405,7 @@ def test_headers_all_over_a_large_file(server: HubServer) -> None:
 
 
 def test_the_token_goes_to_the_endpoint_alone(server: HubServer, token: str) -> None:
-    server.push(REPO, LARGE_FILES["sharded"], token=token)
+    server.push(REPO, LARGE_FILES["safetensors-shards"], token=token)
     outcome = cli_ok("inspect", URI, "--json")
     for request in server.requests:
         sent = {name.lower(): value for name, value in request.headers.items()}
