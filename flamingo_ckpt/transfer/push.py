@@ -198,8 +198,7 @@ def match_report(
     unseen = [one for one in here if one not in seen]
     if unseen:
         raise CkptError(
-            f"{len(unseen)} files are not among those that the check saw: "
-            + name_some([escape(one) for one in unseen]),
+            "not among the files that the check saw: " + name_some([escape(one) for one in unseen]),
             code="FC631",
             where=folder,
             key=escape(unseen[0]),
