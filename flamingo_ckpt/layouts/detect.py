@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from flamingo_ckpt.errors import CkptError, name_some
 from flamingo_ckpt.layouts.families import FAMILIES
@@ -96,7 +97,14 @@ def detect(names: Iterable[str], where: str, *, among: Sequence[str] = ()) -> De
     Raises:
         CkptError: FC411 where no layout has any evidence, FC412 where two have the same.
     """
-    keys = list(dict.fromkeys(names))
+    try:
+        return _detected(tuple(dict.fromkeys(names)), tuple(among))
+    except CkptError as error:
+        raise error.at(where) from None
+
+
+@lru_cache(maxsize=8)  # both sides of a comparison are looked at several times
+def _detected(keys: tuple[str, ...], among: tuple[str, ...]) -> Detection:
     splits = [split_numbers(key) for key in keys]
     candidates = sorted(
         _candidates(splits, [LAYOUTS[name] for name in among or LAYOUTS], bool(among)),
@@ -107,7 +115,6 @@ def detect(names: Iterable[str], where: str, *, among: Sequence[str] = ()) -> De
             "no layout has any evidence in these keys: "
             + name_some([escape(key) for key in keys], 3),
             code="FC411",
-            where=where,
             hint="`flamingo-ckpt layouts` lists what is known; --from names one",
         )
     best = candidates[0]
@@ -120,7 +127,6 @@ def detect(names: Iterable[str], where: str, *, among: Sequence[str] = ()) -> De
             f"the keys fit `{best.layout.name}` and `{differing[0].layout.name}` equally well "
             f"({best.num_fit} of {len(keys)})",
             code="FC412",
-            where=where,
             hint=f"say which: --from {best.layout.name}, or --from {differing[0].layout.name}",
         )
     unknown = [at for at, match in enumerate(best.matches) if match is None]

@@ -6,6 +6,8 @@ puts them in the middle of a key. (timm and open_clip cut characters, and tear o
 
 from __future__ import annotations
 
+import re
+
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.tensors import escape
 
@@ -14,6 +16,8 @@ WRAPPER_COMPONENTS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 )
 _FLAT_COMPONENTS = ("_flat_param", "flat_param")
+#: One of them before the last component; most names have none, and are looked at no further.
+_WRAPPED = re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(WRAPPER_COMPONENTS))})\.")
 
 
 def strip_wrappers(name: str) -> tuple[str, tuple[str, ...]]:
@@ -26,16 +30,16 @@ def strip_wrappers(name: str) -> tuple[str, tuple[str, ...]]:
     >>> strip_wrappers("submodule.module_list.weight")
     ('submodule.module_list.weight', ())
     """
+    if _WRAPPED.search(name) is None:
+        return name, ()
     *path, leaf = name.split(".")
     removed = tuple(part for part in path if part in WRAPPER_COMPONENTS)
-    if not removed:
-        return name, ()
     return ".".join((*(part for part in path if part not in WRAPPER_COMPONENTS), leaf)), removed
 
 
 def refuse_flat_parameter(name: str, where: str) -> None:
     """Raise FC208 for a flat parameter of FSDP1: many tensors in one vector, shapes unknown."""
-    if any(part.startswith(_FLAT_COMPONENTS) for part in name.split(".")):
+    if "flat_param" in name and any(part.startswith(_FLAT_COMPONENTS) for part in name.split(".")):
         raise CkptError(
             f"`{escape(name)}` is a flat parameter of FSDP: the shapes of its tensors are not "
             "in the file",

@@ -235,7 +235,8 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
         side.bases,
     )
     check_premises(plan)
-    config = _with_rows(side.model, plan, rows)
+    planned = read_plan(plan, {})
+    config = _with_rows(side.model, planned, rows)
     module = _construct(replace(side, config=config), dtype)
     targets = targets_of(module)
     own = detect([name for one in targets for name in one.names], side.uri)
@@ -246,7 +247,7 @@ def make_shell(side: Side, dtype: str, *, rows: int | None = None) -> Shell:
         dims,
     )
     steps, misshapen, misfits = pair(plan, targets, reading, dims, side)
-    misfits += _rows_told(side, plan)
+    misfits += _rows_told(side, plan, planned)
     chosen = choose_tensors(side.manifest, PlanOptions(max_expansion=float("inf")))
     stored = {name: tensor.name for name, tensor in chosen.names.items()}
     return Shell(
@@ -286,12 +287,12 @@ def _construct(side: Side, dtype: str) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _with_rows(config: ModelConfig, plan: Plan, wanted: int | None) -> ModelConfig:
+def _with_rows(config: ModelConfig, planned: Reading, wanted: int | None) -> ModelConfig:
     """The config with as many rows of the vocabulary as the weights have."""
     from flamingo_ckpt.models.config import parse_config
 
     text = config.data.get("text_config")
-    shape = _shapes(plan).get(EMBED)
+    shape = _shape_of(planned, EMBED)
     rows = wanted if wanted is not None else shape[0] if shape else None
     if rows is None or not isinstance(text, Mapping) or text.get("vocab_size") == rows:
         return config
@@ -299,11 +300,10 @@ def _with_rows(config: ModelConfig, plan: Plan, wanted: int | None) -> ModelConf
     return parse_config(data, config.where, layout=config.layout)
 
 
-def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
+def _rows_told(side: Side, plan: Plan, planned: Reading) -> Iterator[Finding]:
     """A folder whose own config tells another vocabulary does not load as it is."""
-    shape, text = _shapes(plan).get(EMBED), side.model.data.get("text_config")
-    names = read_plan(plan, {}).names
-    step = next((one for one in plan.steps if names.get(one.name) == (EMBED,)), None)
+    shape, text = _shape_of(planned, EMBED), side.model.data.get("text_config")
+    step = next((one for one in plan.steps if planned.names.get(one.name) == (EMBED,)), None)
     told = text.get("vocab_size") if isinstance(text, Mapping) else None
     own = side.has_own_config and side.detection.layout.hf_config
     if own and shape and isinstance(told, int) and told != shape[0]:
@@ -316,9 +316,9 @@ def _rows_told(side: Side, plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape, of what a plan gives."""
-    return {name: piece.shape for name, piece in read_plan(plan, {}).atoms.items()}
+def _shape_of(planned: Reading, canonical: str) -> tuple[int, ...] | None:
+    piece = planned.atoms.get(canonical)
+    return None if piece is None else piece.shape
 
 
 def put(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
