@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +23,7 @@ _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.D
 _MAX_FRONT = 256 << 10
 #: How a card pins a repository: as people write it, and as links to the hub have it.
 _PIN = re.compile(r"(?:@|/(?:tree|commit|blob|resolve)/)[0-9a-f]{40}\b")
-_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?\Z")
+_ID = string.ascii_letters + string.digits + "._-/"
 _MAX_ID = 200
 
 
@@ -205,10 +206,11 @@ def _pinned(text: str) -> set[str]:
     """The ids of repositories that stand before a commit."""
     found = set()
     for match in _PIN.finditer(text):
-        named = _ID.search(text[max(0, match.start() - _MAX_ID) : match.start()])
-        if named is not None:
-            found.add(named[0])
-    return found
+        before = text[max(0, match.start() - _MAX_ID) : match.start()]
+        named = before[len(before.rstrip(_ID)) :].split("/")
+        found.add("/".join(named[-2:]))
+        found.add(named[-1] if len(named) == 1 else "")
+    return found - {""}
 
 
 def _record(

@@ -8,35 +8,45 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
-#: (what it is, how it looks). Forms that their issuers document, or that are unmistakable.
+_VALUE: Final = "a value under a name of secrets"
+#: (what it is, how it looks, what every such text holds: regular expressions are slow). Forms that
+#: their issuers document, or that are unmistakable.
 _SECRETS: Final = (
-    ("a Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}\b"),
-    ("a Hugging Face organisation token", r"\bapi_org_[A-Za-z0-9]{30,}\b"),
-    ("a GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b"),
-    ("a GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,}"),
-    ("an AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    ("a Google API key", r"\bAIza[0-9A-Za-z_-]{35}"),
-    ("a Slack token", r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"),
-    ("an API key", r"\bsk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{32,}"),
-    ("a package index token", r"\bpypi-[A-Za-z0-9_-]{50,}"),
-    ("a private key", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+    ("a Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}\b", ("hf_",)),
+    ("a Hugging Face organisation token", r"\bapi_org_[A-Za-z0-9]{30,}\b", ("api_org_",)),
+    (
+        "a GitHub token",
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})\b",
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    ),
+    ("a GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,}", ("glpat-",)),
+    ("an AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", ("AKIA", "ASIA")),
+    ("a Google API key", r"\bAIza[0-9A-Za-z_-]{35}", ("AIza",)),
+    ("a Slack token", r"\bxox[abeprs]-[A-Za-z0-9-]{10,}", ("xox",)),
+    ("an API key", r"\bsk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{32,}", ("sk-",)),
+    ("a package index token", r"\bpypi-[A-Za-z0-9_-]{50,}", ("pypi-",)),
+    ("a private key", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----", ("PRIVATE KEY-----",)),
     (
         "a JSON web token",
         r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,2000}"
         r"\.[A-Za-z0-9_-]{10,2000}",
+        (".eyJ",),
     ),
     (
         "a password in an address",
-        r"\b[a-z][a-z0-9+.-]{1,15}://[^\s/:@\"']{1,64}:(?P<word>[^\s/@\"']{3,64})@",
+        r"://[^\s/:@\"']{1,64}:(?P<word>[^\s/@\"']{3,64})@",
+        ("://",),
     ),
     (
-        "a value under a name of secrets",
+        _VALUE,
         r"(?:api[_-]?key|secret(?:[_-]?key)?|passwd|password|access[_-]?token|auth[_-]?token"
         r"|wandb[_-]?key|hf[_-]?token)[\"']?\s{0,8}[:=]\s{0,8}"
         r"(?:[\"'](?P<quoted>[^\"'\s]{12,200})[\"']"
         r"|(?P<bare>[A-Za-z0-9+/_-]{20,200})[ \t]{0,8}\r?$)",
+        ("key", "secret", "passw", "token"),
     ),
 )
 #: Where people are shown what to write: `hf_xxxxxxxx`, `<token>`, `your-api-key`, `$HF_TOKEN`.
@@ -46,13 +56,18 @@ _PLACEHOLDER: Final = re.compile(
     re.IGNORECASE,
 )
 _MIN_DISTINCT = 7
-_PATHS: Final = re.compile(
-    r"(?<![\w./~:-])(?:/(?:home|Users|root|mnt|scratch|data|gpfs|lustre|nfs|fsx|workspace|tmp|admin)"
-    r"/[\w.@+-]+(?:/[\w.@+-]+)*|[A-Za-z]:\\\\?Users\\\\?[\w.@+-]+)"
+#: That of a URL or of a relative path is none, hence what may stand before; a literal comes first,
+#: which is what makes a search fast.
+_PATHS: Final = (
+    re.compile(
+        r"/(?<![\w./~:-]/)(?:home|Users|root|mnt|scratch|data|gpfs|lustre|nfs|fsx|workspace|tmp"
+        r"|admin)/[\w.@+-]+(?:/[\w.@+-]+)*"
+    ),
+    re.compile(r":\\\\?Users\\\\?[\w.@+-]+"),
 )
 _COMPILED: Final = tuple(
-    (what, re.compile(pattern, re.IGNORECASE | re.MULTILINE if "names" in what else 0))
-    for what, pattern in _SECRETS
+    (what, re.compile(pattern, re.IGNORECASE | re.MULTILINE if what == _VALUE else 0), needles)
+    for what, pattern, needles in _SECRETS
 )
 _SHOWN = 6
 
@@ -72,10 +87,10 @@ class Leak:
     line: int
 
 
-def find_secrets(text: str) -> Iterator[Leak]:
-    """What looks like a secret, each place once."""
+def find_secrets(text: str, *, is_vocabulary: bool = False) -> Iterator[Leak]:
+    """What looks like a secret, each place once; words of a vocabulary have no values."""
     seen: set[int] = set()
-    for what, pattern in _COMPILED:
+    for what, pattern in _patterns(text, is_vocabulary):
         for match in pattern.finditer(text):
             if match.start() in seen or _is_placeholder(match):
                 continue
@@ -85,17 +100,27 @@ def find_secrets(text: str) -> Iterator[Leak]:
 
 def find_paths(text: str) -> Iterator[Leak]:
     """Absolute paths of somebody's machine."""
-    for match in _PATHS.finditer(text):
+    for match in chain.from_iterable(pattern.finditer(text) for pattern in _PATHS):
         yield Leak(what="a path", shown=match[0][:120], line=_line(text, match.start()))
 
 
 def without_secrets(text: str) -> str:
     """A text that quotes what strangers wrote, with each secret in it masked."""
-    for _, pattern in _COMPILED:
+    for _, pattern in _patterns(text):
         text = pattern.sub(
             lambda match: match[0] if _is_placeholder(match) else _masked(match[0]), text
         )
     return text
+
+
+def _patterns(text: str, is_vocabulary: bool = False) -> Iterator[tuple[str, re.Pattern[str]]]:
+    """The patterns that can be in a text."""
+    for what, pattern, needles in _COMPILED:
+        if what == _VALUE and is_vocabulary:
+            continue
+        searched = text.lower() if what == _VALUE else text
+        if any(needle in searched for needle in needles):
+            yield what, pattern
 
 
 def _is_placeholder(match: re.Match[str]) -> bool:

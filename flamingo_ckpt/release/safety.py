@@ -226,9 +226,7 @@ def _leaks(file: ReleaseFile) -> list[Finding] | None:
     is_text, is_vocabulary = False, file.name in _VOCABULARIES
     for first_line, text in read_windows(file):
         is_text = True
-        for leak in islice(find_secrets(text), _MAX_PER_FILE):
-            if leak.what.startswith("a value") and is_vocabulary:
-                continue
+        for leak in islice(find_secrets(text, is_vocabulary=is_vocabulary), _MAX_PER_FILE):
             line = first_line + leak.line - 1
             told = f"`{escape(file.path)}`, line {line}, holds what looks like {leak.what}: "
             told += escape(leak.shown)

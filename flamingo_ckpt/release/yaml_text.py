@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_MAX_DEPTH = 32
+
 
 def load_yaml(text: str, max_chars: int) -> Any:
     """The document.
@@ -15,10 +17,17 @@ def load_yaml(text: str, max_chars: int) -> Any:
 
     if len(text) > max_chars:
         raise ValueError(f"it is longer than {max_chars} characters")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases")
-        return yaml.safe_load(text)
+        depth = 0
+        for event in yaml.parse(text, loader):  # one after the other: stops before it gets slow
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases")
+            if depth > _MAX_DEPTH:
+                raise ValueError("it is nested too deeply")
+        return yaml.load(text, loader)  # noqa: S506 -- both are safe ones
     except ValueError:
         raise
     except Exception as error:  # its constructors raise whatever a value like `!!int ""` leads to
