@@ -63,7 +63,13 @@ def settings_of(config: ModelConfig) -> Settings:
 def _language(text: Mapping[str, Any]) -> Settings:
     rope = text.get("rope_parameters")  # transformers 5's place for what was `rope_theta`
     theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-    return _section("language", {"rope_theta": theta, **text}, _LANGUAGE, {})
+    given = {"rope_theta": theta, **text}
+    if text.get("model_type") == "gemma":
+        # The first Gemma's configs have either name, say `gelu`, and mean its tanh form.
+        told = text.get("hidden_activation") or text.get("hidden_act")
+        given["hidden_act"] = "gelu_pytorch_tanh" if told == "gelu" else told
+        given["hidden_activation"] = None
+    return _section("language", given, _LANGUAGE, {})
 
 
 def _clip(data: Mapping[str, Any], where: str) -> Settings:

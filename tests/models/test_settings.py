@@ -52,6 +52,27 @@ def test_rope_is_one_setting_in_both_spellings() -> None:
     assert settings(before)["language.rope_theta"] == settings(after)["language.rope_theta"] == 5e5
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"hidden_act": "gelu"},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": "relu", "hidden_activation": "gelu"},
+    ],
+)
+def test_the_first_gemma_has_one_activation_in_all_its_spellings(names: dict[str, str]) -> None:
+    config = dict(read_config("model:paligemma-3b-pt-224").data)
+    text = {
+        name: value
+        for name, value in config["text_config"].items()
+        if name not in ("hidden_act", "hidden_activation")
+    }
+    found = settings(config | {"text_config": text | names})
+    assert found["language.hidden_act"] == "gelu_pytorch_tanh"
+    assert "language.hidden_activation" not in found
+
+
 def test_inspect_tells_them() -> None:
     assert "settings   vision: hidden_act quick_gelu" in cli_ok("inspect", PRESET).out
     told = cli_ok("inspect", PRESET, "--json").document["details"]["settings"]
