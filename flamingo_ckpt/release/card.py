@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.layouts.layout import group_of
 from flamingo_ckpt.release.folder import read_text
 from flamingo_ckpt.release.record import find_record
 from flamingo_ckpt.release.result import Outcome, failed, skipped
@@ -169,14 +170,8 @@ def _license(card: Card, allowed: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def _base_models(card: Card, subject: Subject) -> Iterator[Finding]:
-    kind = subject.config.kind if subject.config is not None else ""
-    is_flamingo = kind == "flamingo" or (
-        subject.side is not None
-        and subject.side.detection is not None
-        and subject.side.detection.layout.space == "flamingo"
-    )
     if not card.base_models:
-        if is_flamingo:
+        if _is_flamingo(subject):
             yield _finding(
                 "FC603",
                 "error",
@@ -200,6 +195,16 @@ def _base_models(card: Card, subject: Subject) -> Iterator[Finding]:
             f"write `{escape(name)[:100]}@` and the 40 digits of the commit somewhere in the card",
             card.line_of("base_model"),
         )
+
+
+def _is_flamingo(subject: Subject) -> bool:
+    """By its config, and where it has none by its trained parts: a language model alone is none."""
+    if subject.config is not None:
+        return subject.config.kind == "flamingo"
+    reading = subject.side.reading if subject.side is not None else None
+    return reading is not None and any(
+        group_of(name) in ("perceiver", "xattn") for name in reading.atoms
+    )
 
 
 def _pinned(text: str) -> set[str]:
