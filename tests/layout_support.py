@@ -24,13 +24,19 @@ each_model = pytest.mark.parametrize(("family", "era"), FAMILIES)
 
 
 class Files:
-    """The zoo's models as files in one folder, each written when it is first asked for."""
+    """The zoo's models as files in one folder, each written when it is first asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where they go.
+        options: of the zoo's models, unless a call says otherwise.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder, self.options = folder, options
 
     def write(self, what: str, family: str, era: str = "now", **options: Any) -> Path:
         """`partial`, `full`, `clip` or `language` of upstream's model, by torch.save."""
+        options = {**self.options, **options}
         path = self._path(".pt", what, family, era, options)
         if not path.exists():
             model = zoo.openflamingo(family, era=era, **options)
@@ -38,6 +44,7 @@ class Files:
         return path
 
     def config(self, family: str, **options: Any) -> Path:
+        options = {**self.options, **options}
         path = self._path(".json", "config", family, "", options)
         path.write_text(json.dumps(zoo.openflamingo(family, **options).config))
         return path
@@ -49,6 +56,7 @@ class Files:
 
     def whole(self, family: str, era: str = "now", **options: Any) -> Path:
         """The self-contained Hugging Face folder, made by the command line of all its parts."""
+        options = {**self.options, **options}
         path = self._path("", "hf", family, era, options)
         if not path.exists():
             cli_ok(

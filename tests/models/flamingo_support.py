@@ -14,7 +14,6 @@ from flamingo_ckpt.models.modules.flamingo import Flamingo
 from tests import zoo
 from tests.zoo_flamingo import EOC_TOKEN, MEDIA_TOKEN
 
-
 #: The six layers of upstream's perceiver are one six times, and half of the time of a forward.
 SHALLOW: dict[str, Any] = {"perceiver_depth": 2}
 

@@ -21,6 +21,8 @@ EXACT: dict[str, Any] = {
     "dtype": torch.float64,
     "attn_implementation": {"": "eager", "vision_config": "sdpa", "text_config": "eager"},
 }
+#: The six layers of upstream's perceiver are one six times, and half of the time of a forward.
+SHALLOW: dict[str, Any] = {"perceiver_depth": 2}
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 
 

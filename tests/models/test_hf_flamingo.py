@@ -14,6 +14,7 @@ from tests import zoo
 from tests.layout_support import Files
 from tests.models.hf_support import (
     EXACT,
+    SHALLOW,
     TOKENS,
     batch,
     each_family,
@@ -28,14 +29,14 @@ _quiet = pytest.fixture(autouse=True)(quiet_transformers)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
-    return Files(tmp_path_factory.mktemp("hf"))
+    return Files(tmp_path_factory.mktemp("hf"), **SHALLOW)
 
 
 def flamingo(files: Files, family: str) -> Any:
     """`Flamingo` with the same weights, under OpenFlamingo's names."""
     config = load_config(files.config(family))
     model: Any = build(config, dtype="float64", attn_implementation="eager")
-    model.load_state_dict(zoo.openflamingo(family).full)
+    model.load_state_dict(zoo.openflamingo(family, **SHALLOW).full)
     model.media_token_id, model.eoc_token_id = MEDIA_TOKEN, EOC_TOKEN
     return model.eval()
 
@@ -69,7 +70,11 @@ def test_tokens_are_those_before_the_last_norm(files: Files) -> None:
     pictures = batch("llama")["vision_x"].flatten(0, 2)
     with torch.no_grad():
         found = model.visual_tokens(pictures)
-        wanted = copy.deepcopy(zoo.openflamingo("llama").model).double().vision_encoder(pictures)[1]
+        wanted = (
+            copy.deepcopy(zoo.openflamingo("llama", **SHALLOW).model)
+            .double()
+            .vision_encoder(pictures)[1]
+        )
         assert (found - wanted).abs().max() < 1e-13
         model.config.vision_tokens = "after_ln_post"
         other = type(model)(model.config).double().eval()

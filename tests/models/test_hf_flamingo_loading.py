@@ -16,6 +16,7 @@ from flamingo_ckpt.models import FlamingoConfig, FlamingoForConditionalGeneratio
 from tests import zoo
 from tests.layout_support import Files, each_model
 from tests.models.hf_support import (
+    SHALLOW,
     TOKENS,
     batch,
     changed,
@@ -33,7 +34,7 @@ _quiet = pytest.fixture(autouse=True)(quiet_transformers)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
-    return Files(tmp_path_factory.mktemp("hf"))
+    return Files(tmp_path_factory.mktemp("hf"), **SHALLOW)
 
 
 #: Families whose head is the embedding: `convert` carries a copy where the source has one.

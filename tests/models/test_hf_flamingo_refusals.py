@@ -15,6 +15,7 @@ from flamingo_ckpt.errors import CkptError, LoadError
 from flamingo_ckpt.models import FlamingoConfig, FlamingoForConditionalGeneration
 from tests.layout_support import Files
 from tests.models.hf_support import (
+    SHALLOW,
     changed,
     load,
     quiet_transformers,
@@ -28,7 +29,7 @@ HEAD = "lang_encoder.lm_head.weight"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Folders of `convert --to hf-flamingo`, each made when it is first asked for."""
-    return Files(tmp_path_factory.mktemp("hf"))
+    return Files(tmp_path_factory.mktemp("hf"), **SHALLOW)
 
 
 def test_what_does_not_fit_raises(files: Files, tmp_path: Path) -> None:
