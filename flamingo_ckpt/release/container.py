@@ -114,7 +114,14 @@ def _strays(subject: Subject) -> Iterator[Finding]:
                 "is an archive, and nothing here looks at what is in it",
                 "put its files into the folder, or leave it out",
             )
-        elif file.is_weights and subject.manifest is not None and "/" not in file.path:
+        elif file.is_weights and "/" in file.path:
+            yield _stray(
+                file,
+                "warning",
+                "looks like weights in a folder within, and nothing here looks at what is in it",
+                "check that folder by itself, and waive this; or leave it out",
+            )
+        elif file.is_weights and subject.manifest is not None:
             yield _stray(
                 file,
                 "error",

@@ -22,7 +22,10 @@ from flamingo_ckpt.tensors import escape
 
 #: What git and the hub's own download keep in a folder; an upload never takes it.
 NEVER_UPLOADED: Final = (".git", ".cache")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".gguf", ".h5")
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".gguf", ".h5", ".msgpack"),
+    *(".onnx", ".ot", ".tflite"),
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 _CODE_SUFFIXES = (".py", ".pyc", ".ipynb", ".sh", ".bat", ".ps1", ".so", ".dll", ".exe", ".dylib")
 #: Of these every file is told, whatever its first bytes are: old protocols begin with any letter.
@@ -64,6 +67,7 @@ class ReleaseFile:
         leads_out: whether it is a link to somewhere outside the folder.
         is_here: whether it is on this machine; of a file that stayed on the hub only the name and
             the size are known.
+        stamp: what changes with its content: which file, how long, when written.
     """
 
     path: str
@@ -74,6 +78,7 @@ class ReleaseFile:
     is_regular: bool = True
     leads_out: bool = False
     is_here: bool = True
+    stamp: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -199,7 +204,32 @@ def _describe(root: str, full: str, path: str) -> ReleaseFile:
         is_link=is_link,
         is_regular=stat.S_ISREG(there.st_mode),
         leads_out=leads_out,
+        stamp=_stamp(there),
     )
+
+
+def _stamp(there: os.stat_result) -> tuple[int, ...]:
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def check_same(files: Collection[ReleaseFile]) -> None:
+    """What was checked is what is there.
+
+    Raises:
+        CkptError: FC007 for the first file that is not the one that was listed.
+    """
+    for file in files:
+        try:
+            is_same = not file.stamp or _stamp(os.stat(file.full)) == file.stamp
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise CkptError(
+                f"`{escape(file.path)}` changed while the release was checked",
+                code="FC007",
+                where=file.full,
+                hint="check again when nothing writes into the folder any more",
+            )
 
 
 def is_of_cache(root: str, full: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from flamingo_ckpt.codes import TABLE, UNWAIVABLE
 from flamingo_ckpt.errors import CkptError, Finding
+from flamingo_ckpt.release.policy_table import Table, bad
 from flamingo_ckpt.release.result import CHECKS, Outcome, Waived
 from flamingo_ckpt.tensors import escape
 
@@ -151,10 +152,10 @@ def read_policy(path: str) -> Policy:
         document = _own_table(document)
     try:
         if document is None:
-            raise _bad("it has no table `tool.flamingo-ckpt`")
+            raise bad("it has no table `tool.flamingo-ckpt`")
         if not isinstance(document, dict):
-            raise _bad("`tool.flamingo-ckpt` is not a table")
-        fields = _Table(document, "", ("policy",)).table("policy", _FIELDS)
+            raise bad("`tool.flamingo-ckpt` is not a table")
+        fields = Table(document, "", ("policy",)).table("policy", _FIELDS)
         policy = _parse(fields)
     except CkptError as error:
         raise error.at(path) from None
@@ -185,71 +186,6 @@ _FIELDS = (
 )
 
 
-class _Table:
-    """A table of the file, whose fields are asked for by name and type; unknown ones are errors."""
-
-    def __init__(self, value: Mapping[str, Any], path: str, known: Sequence[str]) -> None:
-        self.value, self.path = value, path
-        unknown = [name for name in value if name not in known]
-        if unknown:
-            raise _bad(f"`{self._at(unknown[0])}` is not known; known: {', '.join(known)}")
-
-    def _at(self, name: str) -> str:
-        return escape(f"{self.path}.{name}".lstrip("."))
-
-    def table(self, name: str, known: Sequence[str]) -> _Table:
-        """A table within, empty where it is not there."""
-        value = self.value.get(name, {})
-        if not isinstance(value, dict):
-            raise _bad(f"`{self._at(name)}` is not a table")
-        return _Table(value, self._at(name), known)
-
-    def words(self, name: str, among: Sequence[str] = ()) -> tuple[str, ...] | None:
-        """A list of words, or None."""
-        value = self.value.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise _bad(f"`{self._at(name)}` is not a list of words")
-        wrong = [one for one in value if among and one not in among]
-        if wrong:
-            raise _bad(f"`{self._at(name)}` has `{escape(wrong[0])}`; known: {', '.join(among)}")
-        return tuple(value)
-
-    def flag(self, name: str) -> bool:
-        """Whether it is true; false where it is not there."""
-        value = self.value.get(name, False)
-        if not isinstance(value, bool):
-            raise _bad(f"`{self._at(name)}` is neither true nor false")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        """A number above 1."""
-        value = self.value.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < 1e9:
-            raise _bad(f"`{self._at(name)}` is not a number above 1")
-        return float(value)
-
-    def text(self, name: str) -> str:
-        """Words that are not empty."""
-        value = self.value.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise _bad(f"`{self._at(name)}` is missing, or no text")
-        return value
-
-    def day(self, name: str) -> datetime.date:
-        """A date, written bare or in quotes."""
-        value = self.value.get(name)
-        if isinstance(value, str):
-            try:
-                value = datetime.date.fromisoformat(value)
-            except ValueError:
-                value = None
-        if isinstance(value, datetime.datetime) or not isinstance(value, datetime.date):
-            raise _bad(f"`{self._at(name)}` is missing, or no date like 2027-01-31")
-        return value
-
-
 _PARITY_WORDS: Final = {
     "dtypes": ("float32", "float64", "bfloat16", "float16"),
     "gates": ("as-is", "forced"),
@@ -257,26 +193,26 @@ _PARITY_WORDS: Final = {
 _SIGNERS: Final = ({"public_key"}, {"identity", "identity_provider"}, set[str]())
 
 
-def _parse(table: _Table) -> Policy:
+def _parse(table: Table) -> Policy:
     required = table.words("required", CHECKS)
     tolerance = table.table("tolerance", ("norm_factor",))
     parity = table.table("parity", ("dtypes", "gates", "device", "seed"))
     for name, among in _PARITY_WORDS.items():
         if parity.words(name, among) == ():
-            raise _bad(f"`policy.parity.{name}` is empty: nothing would be compared")
+            raise bad(f"`policy.parity.{name}` is empty: nothing would be compared")
     if parity.value.get("device") not in (None, "cpu", "cuda"):
-        raise _bad("`policy.parity.device` is neither `cpu` nor `cuda`")
+        raise bad("`policy.parity.device` is neither `cpu` nor `cuda`")
     if type(parity.value.get("seed", 0)) is not int:
-        raise _bad("`policy.parity.seed` is not a whole number")
+        raise bad("`policy.parity.seed` is not a whole number")
     signature = table.table("signature", ("public_key", "identity", "identity_provider"))
     if set(signature.value) not in _SIGNERS:
-        raise _bad(
+        raise bad(
             "`policy.signature` has neither `public_key` alone nor both `identity` and "
             "`identity_provider`"
         )
     waivers = table.value.get("waiver", [])
     if not isinstance(waivers, list) or not all(isinstance(one, dict) for one in waivers):
-        raise _bad("`policy.waiver` is not a list of tables: write [[policy.waiver]]")
+        raise bad("`policy.waiver` is not a list of tables: write [[policy.waiver]]")
     return Policy(
         required=None if required is None else frozenset(required),
         is_strict=table.flag("strict"),
@@ -289,25 +225,25 @@ def _parse(table: _Table) -> Policy:
     )
 
 
-def _severities(table: _Table) -> dict[str, str]:
+def _severities(table: Table) -> dict[str, str]:
     inner = table.value.get("severity", {})
     if not isinstance(inner, dict):
-        raise _bad("`policy.severity` is not a table")
+        raise bad("`policy.severity` is not a table")
     for code, severity in inner.items():
         _check_code(code, "policy.severity")
         if severity not in _SEVERITIES:
-            raise _bad(f"`policy.severity.{code}` is none of {', '.join(_SEVERITIES)}")
+            raise bad(f"`policy.severity.{code}` is none of {', '.join(_SEVERITIES)}")
         if code in UNWAIVABLE and severity != "error":
-            raise _bad(f"`policy.severity.{code}`: {code} stays an error")
+            raise bad(f"`policy.severity.{code}`: {code} stays an error")
     return dict(inner)
 
 
 def _waiver(value: Mapping[str, Any], at: int) -> Waiver:
-    table = _Table(value, f"policy.waiver[{at}]", ("code", "key", "reason", "owner", "until"))
+    table = Table(value, f"policy.waiver[{at}]", ("code", "key", "reason", "owner", "until"))
     code = table.text("code")
     _check_code(code, table.path)
     if code in UNWAIVABLE:
-        raise _bad(f"`{table.path}`: {code} ({TABLE[code].title}) cannot be waived")
+        raise bad(f"`{table.path}`: {code} ({TABLE[code].title}) cannot be waived")
     return Waiver(
         code=code,
         key=table.text("key"),
@@ -319,15 +255,7 @@ def _waiver(value: Mapping[str, Any], at: int) -> Waiver:
 
 def _check_code(code: str, path: str) -> None:
     if code not in TABLE:
-        raise _bad(f"`{escape(path)}` names `{escape(code)}`, which is no code of a finding")
-
-
-def _bad(message: str) -> CkptError:
-    return CkptError(
-        message,
-        code="FC620",
-        hint="the README lists what a policy can say; `flamingo-ckpt explain` lists the codes",
-    )
+        raise bad(f"`{escape(path)}` names `{escape(code)}`, which is no code of a finding")
 
 
 def apply_policy(

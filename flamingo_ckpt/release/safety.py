@@ -62,12 +62,12 @@ def check_safety(subject: Subject) -> Outcome:
 def _tensor_names(subject: Subject) -> Iterator[Finding]:
     assert subject.manifest is not None
     for tensor in subject.manifest.tensors:
-        if has_control(tensor.name):
+        if has_control(tensor.name) or not tensor.name.isprintable():
             yield Finding(
                 code="FC505",
                 severity="error",
                 key=tensor.name,
-                detail=f"the name `{escape(tensor.name)}` holds control characters",
+                detail=f"the name `{escape(tensor.name)}` holds control or invisible characters",
                 hint="rename it where the checkpoint is written",
             )
 

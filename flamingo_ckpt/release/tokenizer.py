@@ -40,10 +40,12 @@ class Tokens:
     Attributes:
         ids: token -> id.
         files: that were read.
+        conflicts: (token, file, id there) where a file contradicts one before it.
     """
 
     ids: Mapping[str, int]
     files: tuple[str, ...]
+    conflicts: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +71,7 @@ def check_tokenizer(subject: Subject) -> Outcome:
         )
     rows = _rows(subject)
     kind = subject.config.kind if subject.config is not None else ""
-    findings = [*_needed(tokens, kind, subject)]
+    findings = [*_conflicts(tokens), *_needed(tokens, kind, subject)]
     if rows is not None:
         findings += _fit(tokens, rows)
     sentence = f"{tokens.num_rows} ids in {', '.join(f'`{one}`' for one in tokens.files)}"
@@ -112,6 +114,7 @@ def read_tokens(subject: Subject) -> Tokens | None:
     """
     ids: dict[str, int] = {}
     read: list[str] = []
+    conflicts: list[tuple[str, str, int]] = []
     for name in _FILES:
         try:
             document = subject.json_of(name, _MAX_BYTES)
@@ -130,9 +133,12 @@ def read_tokens(subject: Subject) -> Tokens | None:
                     code="FC605",
                     where=name,
                 )
-            ids[token] = number
+            if ids.setdefault(token, number) != number:
+                conflicts.append((token, name, number))
     has_vocabulary = "tokenizer.json" in read or "vocab.json" in read
-    return Tokens(ids=ids, files=tuple(read)) if has_vocabulary else None
+    if not has_vocabulary:
+        return None
+    return Tokens(ids=ids, files=tuple(read), conflicts=tuple(conflicts))
 
 
 def _tokens_in(name: str, document: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -177,6 +183,19 @@ def _rows(subject: Subject) -> int | None:
         if name in side.reading.atoms:
             return side.reading.atoms[name].shape[0]
     return None
+
+
+def _conflicts(tokens: Tokens) -> Iterator[Finding]:
+    """Files of one tokenizer that do not agree: which of them counts depends on its reader."""
+    for token, name, number in tokens.conflicts:
+        is_needed = any(token in needed for needed in _NEEDED.values())
+        yield _unfit(
+            token,
+            f"`{name}` gives `{escape(token)[:60]}` the id {number}, another file of the tokenizer "
+            f"{tokens.ids[token]}",
+            "save the tokenizer again: one of its files is of another one",
+            severity="error" if is_needed else "warning",
+        )
 
 
 def _needed(tokens: Tokens, kind: str, subject: Subject) -> Iterator[Finding]:
