@@ -15,6 +15,7 @@ import numpy as np
 
 from tests.release.releases import (
     COMMITS,
+    EOC,
     INDEX,
     ROWS,
     SHARDS,
@@ -217,6 +218,14 @@ add(
     NOT_RUN,
 )
 
+INVISIBLE = "perceiver.latents\u200b"
+add(
+    "invisible characters in a tensor's name",
+    weights(lambda t: t.update({INVISIBLE: np.float32([0.5])})),
+    error("FC505", INVISIBLE),
+    error("FC204", INVISIBLE),
+)
+
 # The weights: bytes.
 END = FIRST + "fc1.weight"
 
@@ -298,6 +307,18 @@ add(
 )
 add(".DS_Store", file(".DS_Store", b"\0\0\0\1Bud1"), warning("FC116", ".DS_Store"), joins=True)
 add("empty file", file("vocab.txt", b""), warning("FC116", "vocab.txt"), joins=True)
+add(
+    "weights in a folder within",
+    file("ema/model.safetensors", safetensors_bytes({"x": np.float32([0.5])})),
+    warning("FC116", "ema/model.safetensors"),
+    joins=True,
+)
+add(
+    "weights of another kind",
+    file("flax_model.msgpack", b"\0\1"),
+    error("FC116", "flax_model.msgpack"),
+    joins=True,
+)
 add(
     "pickled training arguments",
     file("training_args.bin", torch_pickle({"lr": 1e-4})),
@@ -534,6 +555,12 @@ add(
 )
 add(
     "wrong media_token_id", field("media_token_id", 3), error("FC605", "media_token_id"), joins=True
+)
+add(
+    "two tokenizers",
+    file("added_tokens.json", f'{{"<image>": {EOC}, "<PAD>": {ROWS - 2}}}'),
+    error("FC605", "<image>"),
+    warning("FC605", "<PAD>"),
 )
 add(
     "tokenizer gone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,30 @@ def test_what_the_check_saw_is_listed(clean: Path) -> None:
         data = (clean / one["path"]).read_bytes()
         assert one["num_bytes"] == len(data)
         assert one["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("name", [SHARDS[1], "config.json"])
+def test_what_changes_meanwhile_was_not_checked(
+    release: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same length is put in place after its check, and before it is listed."""
+    from flamingo_ckpt.release import check as module
+
+    real = module.check_card
+
+    def exchange(*arguments: Any) -> Any:
+        data = (release / name).read_bytes()
+        write(release.parent / "other", data[:-1] + bytes([data[-1] ^ 1]))
+        (release.parent / "other").replace(release / name)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "check_card", exchange)
+    outcome = cli("check", release, "--json")
+    assert (outcome.code, told(outcome)) == (1, NOTES | {("FC007", "error", name)})
+    assert outcome.document["files"] == []
+
+
+def test_a_selection_of_the_source_does_not_prove_the_rest(clean: Path, source: Path) -> None:
+    outcome = cli("check", clean, "--source", source, "--include", "perceiver.*", "--json")
+    assert outcome.code == 1
+    assert outcome.document["summary"]["checks"]["bits"] == "fail"
