@@ -130,6 +130,56 @@ def _meta(rank: int, size: int, place: Path) -> dict[str, Any]:
     return {"loaded": report.num_loaded, "logits": logits.tolist()}
 
 
+def _any_module(rank: int, size: int, place: Path) -> dict[str, Any]:
+    """A module of which each process has a part, filled in place and from meta; it computes."""
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from flamingo_ckpt.loading import load_into
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 5)  # rows that two cannot share evenly
+            self.second = nn.Linear(5, 3)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)) * self.gate
+
+    path = place / "net.pt"
+    if rank == 0:
+        torch.save({name: torch.randn(p.shape) for name, p in Net().state_dict().items()}, path)
+    torch.distributed.barrier()
+    want = torch.load(path)
+    plain = Net()
+    plain.load_state_dict(want)
+    x = torch.arange(8.0).view(2, 4)
+    mesh = init_device_mesh("cpu", (size,))
+    found: dict[str, Any] = {}
+    for how in ("cpu", "meta"):
+        with torch.device(how):
+            model = Net()
+        for part in (model.first, model.second, model):
+            fully_shard(part, mesh=mesh)
+        before = {name: id(p) for name, p in model.named_parameters()}
+        load_into(model, path)
+        kept = before == {name: id(p) for name, p in model.named_parameters()}
+        full = {name: p.full_tensor() for name, p in model.named_parameters()}
+        got = model(x)
+        found[how] = {
+            "kept": kept,
+            "names": sorted(full),
+            "wrong": [name for name, one in full.items() if not torch.equal(one, want[name])],
+            "computes": torch.equal(got, plain(x)),
+        }
+        got.sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return found
+
+
 def _failures(rank: int, size: int, place: Path) -> dict[str, Any]:
     """What goes wrong with the writer while the others help it to gather."""
     import flamingo_ckpt.convert
@@ -160,7 +210,13 @@ def _failures(rank: int, size: int, place: Path) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {"train": _train, "families": _families, "meta": _meta, "failures": _failures}
+SCENARIOS = {
+    "train": _train,
+    "families": _families,
+    "meta": _meta,
+    "any_module": _any_module,
+    "failures": _failures,
+}
 
 if __name__ == "__main__":
     main()

@@ -210,3 +210,13 @@ def test_a_model_is_not_split_without_processes() -> None:
     with pytest.raises(CkptError, match="no process group") as caught:
         shard_model(support.flamingo())
     assert caught.value.code == "FC461"
+
+
+def test_any_module_of_which_each_process_has_a_part(found: list[dict[str, Any]]) -> None:
+    """Filled without a word between the processes: in place, and from meta."""
+    names = ["first.bias", "first.weight", "gate", "second.bias", "second.weight"]
+    for one in found:
+        for how in ("cpu", "meta"):
+            told = one["any_module"][how]
+            assert (told["names"], told["wrong"], told["computes"]) == (names, [], True)
+        assert one["any_module"]["cpu"]["kept"]

@@ -141,8 +141,7 @@ def test_weights_are_random_and_gates_closed() -> None:
 def test_asking_for_a_config_imports_no_torch() -> None:
     code = (
         "import sys; from flamingo_ckpt.models import build, load_config; "
-        "load_config('med-flamingo'); assert 'torch' not in sys.modules; "
-        "from flamingo_ckpt.models import Flamingo; assert 'torch' in sys.modules"
+        "load_config('med-flamingo'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
