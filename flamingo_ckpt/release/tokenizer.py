@@ -66,8 +66,8 @@ def check_tokenizer(subject: Subject) -> Outcome:
     if tokens is None:
         return skipped(
             "tokenizer",
-            "it is not in a form that is read here: of `tokenizer.json` or `vocab.json` with "
-            "`added_tokens.json` there is neither",
+            "it is not in a form that is read here: there is neither a `tokenizer.json` nor a "
+            "`vocab.json` with words in it",
         )
     rows = _rows(subject)
     kind = subject.config.kind if subject.config is not None else ""
@@ -114,6 +114,7 @@ def read_tokens(subject: Subject) -> Tokens | None:
     """
     ids: dict[str, int] = {}
     read: list[str] = []
+    has_vocabulary = False
     conflicts: list[tuple[str, str, int]] = []
     for name in _FILES:
         try:
@@ -123,6 +124,8 @@ def read_tokens(subject: Subject) -> Tokens | None:
         if not isinstance(document, Mapping):
             continue
         found = _tokens_in(name, document)
+        if name in ("tokenizer.json", "vocab.json"):
+            has_vocabulary |= bool(_words(document) if name == "tokenizer.json" else found)
         if found:
             read.append(name)
         for token, number in found:
@@ -135,7 +138,6 @@ def read_tokens(subject: Subject) -> Tokens | None:
                 )
             if ids.setdefault(token, number) != number:
                 conflicts.append((token, name, number))
-    has_vocabulary = "tokenizer.json" in read or "vocab.json" in read
     if not has_vocabulary:
         return None
     return Tokens(ids=ids, files=tuple(read), conflicts=tuple(conflicts))
@@ -156,18 +158,21 @@ def _tokens_in(name: str, document: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(token, number) for token, number in document.items() if isinstance(token, str)]
 
 
-def _fast(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _words(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The vocabulary of a fast tokenizer, without what was added to it."""
     model = document.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    found: list[tuple[str, Any]] = []
     if isinstance(vocabulary, Mapping):
-        found += vocabulary.items()
-    elif isinstance(vocabulary, list):  # unigram: pairs of a piece and its score
-        found += [
-            (one[0], at)
-            for at, one in enumerate(vocabulary)
-            if isinstance(one, list) and one and isinstance(one[0], str)
-        ]
+        return list(vocabulary.items())
+    return [  # unigram: pairs of a piece and its score
+        (one[0], at)
+        for at, one in enumerate(vocabulary if isinstance(vocabulary, list) else ())
+        if isinstance(one, list) and one and isinstance(one[0], str)
+    ]
+
+
+def _fast(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found = _words(document)
     added = document.get("added_tokens")
     for one in added if isinstance(added, list) else ():
         if isinstance(one, Mapping) and isinstance(one.get("content"), str):

@@ -364,3 +364,15 @@ def test_a_config_that_would_name_a_billion_labels(tmp_path: Path) -> None:
     said = refusal({"model_type": "clip", "num_labels": 10**9})
     assert said is not None
     assert "num_labels" in said
+
+
+@pytest.mark.parametrize("name", ["vocab", "model"])
+def test_a_tokenizer_without_words_has_not_passed(release: Path, name: str) -> None:
+    """It has the added tokens, and nothing else that a text consists of."""
+    edit_json(
+        release / "tokenizer.json",
+        lambda d: d.pop("model") if name == "model" else d["model"].pop("vocab"),
+    )
+    write_sums(release)
+    checks = cli("check", release, "--json").document["summary"]["checks"]
+    assert checks["tokenizer"] == "skip"
