@@ -49,18 +49,19 @@ CODES = (
         meaning="The tokenizer lacks a token that the model was trained with, gives it another "
         "id than the config, or has ids that the embedding has no row for (or far more rows "
         "than ids, a warning). Such a model fails with an index error, or answers with the "
-        "wrong tokens and no error at all. A release without any tokenizer is a warning.",
+        "wrong tokens and no error at all. So does one whose files give a token "
+        "different ids: which of them counts depends on the reader. A release without any tokenizer is a warning.",
         hint="Save the tokenizer that training used, with its added tokens, into the folder.",
     ),
     Code(
         "FC606",
         "error",
         "preprocessing constants differ",
-        meaning="Mean, standard deviation, size, scale or filter of the preprocessor are not "
-        "those that this kind of vision tower was trained with: OpenAI's statistics for CLIP "
-        "and every OpenFlamingo, one half for SigLIP and PaliGemma, and the picture size of "
-        "the config. The model runs, and sees pictures that are slightly wrong, which costs "
-        "accuracy that nobody can explain.",
+        meaning="Mean, standard deviation, size, scale or filter of the preprocessor (or that "
+        "pictures are scaled and normalised at all) are not what this kind of vision tower was "
+        "trained with: OpenAI's statistics for CLIP and every OpenFlamingo, one half for SigLIP "
+        "and PaliGemma, and the picture size of the config. The model runs, and sees pictures that "
+        "are slightly wrong, which costs accuracy that nobody can explain.",
         hint="Copy `preprocessor_config.json` from the release of the tower. For a tower that "
         "was trained otherwise, waive it.",
     ),
@@ -69,7 +70,7 @@ CODES = (
         "error",
         "manifest stale",
         meaning="SHA256SUMS does not describe the folder as it is: a file changed since, is "
-        "gone, or is new.",
+        "gone, or is new; or `manifest.json` lists other files or tensors than there are.",
         hint="Find out what changed; if it was meant, `flamingo-ckpt manifest DIR` writes it "
         "again. After that, sign again.",
     ),
@@ -78,7 +79,8 @@ CODES = (
         "error",
         "signature does not hold",
         meaning="The signature is not of exactly these files, or not by the signer that was "
-        "expected, or the key cannot be used.",
+        "expected, or the key cannot be used. Not covered are git's own files (`.gitattributes`, "
+        "which the hub adds, `.gitignore`, `.git`, `.github`) and `.cache` of downloads.",
         hint="Sign again after the last change with `flamingo-ckpt sign`. If nobody changed "
         "anything on purpose, do not upload.",
     ),
