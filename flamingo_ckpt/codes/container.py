@@ -171,8 +171,8 @@ CODES = (
         "a system or a training run left behind, an empty file, or weights that the index does "
         "not name. An upload takes all of it. Archives, and weights in a folder within, are told "
         "because nothing here looks at what is in them.\n\n"
-        "Weights that nobody reads are an error and not only untidy: loaders choose by file name, and one of them will take the stale "
-        "shard or the other format.",
+        "Weights that nobody reads are an error and not only untidy: loaders choose by file name, "
+        "and one of them will take the stale shard or the other format.",
         hint="Remove it. If it belongs there, waive it with its path as the key.",
     ),
 )

@@ -49,8 +49,8 @@ CODES = (
         meaning="The tokenizer lacks a token that the model was trained with, gives it another "
         "id than the config, or has ids that the embedding has no row for (or far more rows "
         "than ids, a warning). Such a model fails with an index error, or answers with the "
-        "wrong tokens and no error at all. So does one whose files give a token "
-        "different ids: which of them counts depends on the reader. A release without any tokenizer is a warning.",
+        "wrong tokens and no error at all. So does one whose files give a token different ids: "
+        "which of them counts depends on the reader. A release without any tokenizer is a warning.",
         hint="Save the tokenizer that training used, with its added tokens, into the folder.",
     ),
     Code(
