@@ -28,6 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write the golden reports again")
 
 
+#: A minute by itself: begun last, it would keep one core busy while the others are done.
+_LONGEST = "test_the_session_is_what_the_demo_prints"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, in whatever order the others are."""
+    items.sort(key=lambda item: item.name != _LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _importable_oracles() -> None:
     """open_clip, timm and transformers' CLIP, whichever test comes first and imports one."""
