@@ -11,7 +11,7 @@ from flamingo_ckpt.release.result import Outcome, failed, finding_of
 from flamingo_ckpt.release.subject import Subject
 from flamingo_ckpt.tensors import escape
 
-_CODES = ("FC1", "FC202", "FC207")
+_CODES = ("FC1", "FC202", "FC207", "FC209")
 #: What the check of safety tells, also where it is why nothing could be read.
 OF_SAFETY = ("FC5",)
 #: Everybody may read a published file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -27,6 +28,7 @@ _PROGRAMS: tuple[tuple[bytes, str], ...] = (
     (b"\xca\xfe\xba\xbe", "a program"),
 )
 _MAX_PER_FILE = 5
+_MAX_HEADER = 100 << 20
 
 
 def check_safety(subject: Subject) -> Outcome:
@@ -37,7 +39,6 @@ def check_safety(subject: Subject) -> Outcome:
     if subject.manifest is not None:
         findings += [one for one in subject.manifest.findings if one.code.startswith(OF_SAFETY)]
         findings += _tensor_names(subject)
-        findings += _metadata(subject)
     texts = 0
     for file in subject.files:
         findings += _name(file)
@@ -49,12 +50,22 @@ def check_safety(subject: Subject) -> Outcome:
             continue
         findings += _pickle(file, subject)
         findings += _code(file)
+        if file.suffix == ".safetensors":  # also those that are no part of the checkpoint
+            findings += _metadata(_header_metadata(file), file.path)
         leaks = _leaks(file)
         texts += leaks is not None
         findings += leaks or []
+    if subject.manifest is not None:  # of files that are not here, and of other formats
+        findings += _metadata(subject.manifest.metadata)
     findings += _remote_code(subject)
+    unseen = sum(not one.is_here for one in subject.files)
     sentence = f"every file looked at ({len(subject.files)}), text searched ({texts})"
-    if not findings:
+    if unseen:
+        sentence = (
+            f"{len(subject.files) - unseen} files looked at, {unseen} that stayed on the hub "
+        )
+        sentence += f"by their names alone, text searched ({texts})"
+    elif not findings:
         sentence += ": no pickle, no code, no links, no secrets"
     return Outcome(name="safety", sentence=sentence, findings=tuple(findings))
 
@@ -72,15 +83,30 @@ def _tensor_names(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _metadata(subject: Subject) -> Iterator[Finding]:
+def _header_metadata(file: ReleaseFile) -> Mapping[str, str]:
+    """What one file of safetensors says of itself; that of a broken one is told elsewhere."""
+    with contextlib.closing(FileSource(file.full)) as source:
+        length = int.from_bytes(source.read(0, min(8, source.size)), "little")
+        if not 2 <= length <= min(source.size - 8, _MAX_HEADER):
+            return {}
+        try:
+            header = json.loads(source.read(8, length))
+        except (ValueError, RecursionError):
+            return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in texts if isinstance(value, str)}
+
+
+def _metadata(metadata: Mapping[str, str], file: str | None = None) -> Iterator[Finding]:
     """The string metadata of safetensors, which travels with the file and is seldom looked at."""
-    assert subject.manifest is not None
-    for key, value in subject.manifest.metadata.items():
+    for key, value in metadata.items():
         where = f"the metadata `{escape(key)}`"
         for leak in islice(find_secrets(f"{key}={json.dumps(value)}\n{value}"), 1):
-            yield _secret(f"{where} holds what looks like {leak.what}: {leak.shown}", key)
+            yield _secret(f"{where} holds what looks like {leak.what}: {leak.shown}", key, file)
         for leak in islice(find_paths(value), 1):
-            yield _machine(f"{where} holds a path of a machine: `{escape(leak.shown)}`", key)
+            told = f"{where} holds a path of a machine: `{escape(leak.shown)}`"
+            yield _machine(told, key, file)
 
 
 def _name(file: ReleaseFile) -> Iterator[Finding]:
@@ -247,8 +273,12 @@ def _secret(detail: str, key: str, file: str | None = None, line: int = 0) -> Fi
         key=key,
         detail=detail,
         hint="revoke it where it was issued, then remove it: what was once public stays so",
-        data={"file": file, "line": line} if file else {},
+        data=_place(file, line),
     )
+
+
+def _place(file: str | None, line: int) -> dict[str, Any]:
+    return {**({"file": file} if file else {}), **({"line": line} if line else {})}
 
 
 def _machine(detail: str, key: str, file: str | None = None, line: int = 0) -> Finding:
@@ -258,7 +288,7 @@ def _machine(detail: str, key: str, file: str | None = None, line: int = 0) -> F
         key=key,
         detail=detail,
         hint="replace it by the id of a repository, or remove the field",
-        data={"file": file, "line": line} if file else {},
+        data=_place(file, line),
     )
 
 

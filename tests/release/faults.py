@@ -430,6 +430,27 @@ add(
     joins=True,
 )
 add(
+    "token in the metadata of a stray file",
+    file("ema/old.safetensors", safetensors_bytes({}, metadata={"login": TOKEN})),
+    warning("FC116", "ema/old.safetensors"),
+    error("FC509", "login"),
+    joins=True,
+)
+add(
+    "token in the metadata of the last shard",
+    lambda folder: one_shard(folder, SHARDS[1], metadata={"format": "pt", "writer": TOKEN}),
+    error("FC509", "writer"),
+)
+add(
+    "token behind another value of the first shard",
+    lambda folder: (
+        one_shard(folder, SHARDS[0], metadata={"format": "pt", "writer": "somebody"}),
+        one_shard(folder, SHARDS[1], metadata={"format": "pt", "writer": TOKEN}),
+    ),
+    error("FC509", "writer"),
+    warning("FC209", "writer"),
+)
+add(
     "path in the metadata",
     weights(lambda t: None, source="/mnt/nfs/alice/x.pt"),
     warning("FC511", "source"),
