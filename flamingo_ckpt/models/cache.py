@@ -8,6 +8,7 @@ the folder, nothing is kept. Reading one imports the standard library alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -93,6 +94,7 @@ def _folder() -> str:
     return os.path.join(base, "flamingo_ckpt")
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
