@@ -117,7 +117,7 @@ def spoilt(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(clean, tmp_path_factory.mktemp("spoilt") / "release"))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(change=CHANGES)
 def test_any_value_anywhere_in_a_config(spoilt: Path, change: tuple[str, Any, Any]) -> None:
     name, path, value = change
