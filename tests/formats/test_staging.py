@@ -20,8 +20,8 @@ from flamingo_ckpt.errors import WriteError
 from flamingo_ckpt.formats import staging
 from tests.support import cli, cli_ok, facts_at, names_in, torch_facts, tree
 
-# Holds every write until a signal arrives, so that one arrives in the middle of a conversion however
-# busy the machine is. The pipe is written to by the interpreter itself, whatever it is doing.
+# Holds every write until a signal arrives, so that one arrives in the middle of a conversion,
+# however busy the machine is. The interpreter itself writes to the pipe, whatever it is doing.
 SLOW = """
 import os, select, signal, sys
 arrived, pipe = os.pipe()
