@@ -281,6 +281,9 @@ def _atoms(side: Side) -> set[str]:
 
 def describe_config(side: Side) -> str:
     """Where a side's config comes from, for people."""
-    where = side.model.where
+    where, folder = side.model.where, side.manifest.folder
+    if "://" in side.uri and folder is not None and where.startswith(os.path.abspath(folder)):
+        # a copy in the hub's cache, whose place means nothing to anybody
+        return escape(f"{side.uri.rstrip('/')}/{os.path.basename(where)}")
     near = os.path.relpath(where) if os.path.isabs(where) else where
     return escape(where if near.startswith(os.pardir) else near)

@@ -11,6 +11,9 @@ import pytest
 
 from flamingo_ckpt.errors import CkptError
 from flamingo_ckpt.formats.remote import fetch, plan_fetch
+from flamingo_ckpt.parity import open_pair
+from flamingo_ckpt.parity.opening import describe_config
+from tests import zoo
 from tests.hub.support import hollow_safetensors
 from tests.hub_server import Content, HubServer
 from tests.support import FIXTURES, cli, cli_ok, facts_at
@@ -128,6 +131,17 @@ LARGE = {f"{at}.weight": (64, 1024) for at in range(16)}
 def real(shapes: dict[str, tuple[int, ...]]) -> bytes:
     content = hollow_safetensors(shapes)
     return content.head + bytes(range(256)) * ((content.size - len(content.head)) // 256)
+
+
+def test_parity_names_a_config_by_its_address(
+    server: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    made = zoo.hf_flamingo("llama")
+    server.push_folder(REPO, zoo.save_folder(made.state, made.config, tmp_path / "made"))
+    first, second = open_pair(fetch(URI), fetch(f"{URI}/"))
+    assert describe_config(first) == f"{URI}/config.json"
+    assert describe_config(second) == f"{URI}/config.json"
+    assert str(cache) not in describe_config(first)
 
 
 def test_a_connection_that_breaks_is_taken_up(
