@@ -160,21 +160,37 @@ def _token_stays_home() -> Iterator[None]:
         yield
         return
     from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
 
     home = origin(endpoint() or PUBLIC_ENDPOINT)
+    library: Any = _http
 
     def strip(request: Any) -> None:
         if origin(str(request.url)) != home:
             for name in _TOKEN_HEADERS:
                 request.headers.pop(name, None)
 
-    client = get_session()
-    before: Mapping[str, list[Any]] = client.event_hooks
-    client.event_hooks = {**before, "request": [*before.get("request", ()), strip]}
+    def guard(client: Any) -> Mapping[str, list[Any]]:
+        before: Mapping[str, list[Any]] = client.event_hooks
+        client.event_hooks = {**before, "request": [*before.get("request", ()), strip]}
+        return before
+
+    def make() -> Any:
+        client = factory()
+        guard(client)
+        return client
+
+    client, factory = get_session(), library._GLOBAL_CLIENT_FACTORY
+    before = guard(client)
+    # The library throws its client away when a connection fails, and makes another.
+    library._GLOBAL_CLIENT_FACTORY = make
     try:
         yield
     finally:
+        library._GLOBAL_CLIENT_FACTORY = factory
         client.event_hooks = {**before}
+        if get_session() is not client:
+            library.close_session()
 
 
 def _uploading(call: Callable[[], _T], ask: Ask) -> _T:

@@ -390,6 +390,23 @@ def test_the_guard_of_the_token_is_taken_off_again(server: HubServer) -> None:
     assert get_session().event_hooks == before
 
 
+def test_the_token_stays_home_where_a_connection_failed(server: HubServer) -> None:
+    """The library then throws its client away, and the next one has to be guarded too."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+
+    store = f"http://127.0.0.1:{server.ports[1]}/nothing"
+    with upload._token_stays_home():
+        close_session()
+        for url in (f"{server.endpoint}/nothing", store):
+            get_session().get(url, headers={"authorization": "Bearer hf_x"})
+    after = get_session()
+    after.get(store, headers={"authorization": "Bearer hf_y"})
+    sent = [{k.lower(): v for k, v in one.headers.items()} for one in server.requests]
+    told = [one.get("authorization") for one in sent]
+    assert told == ["Bearer hf_x", None, "Bearer hf_y"]
+
+
 def test_offline_nothing_is_pushed(
     server: HubServer, release: Path, report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
