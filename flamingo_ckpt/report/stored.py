@@ -109,9 +109,11 @@ def _check_version(document: Any, where: str) -> None:
 
 
 def _mismatch(document: Mapping[str, Any]) -> str | None:
-    """What no schema can say: lists that have to be of one length."""
+    """What no schema can say: lists that have to be of one length, a verdict and its reasons."""
     summary = document["summary"]
     if document["command"]["name"] == "check":
+        if document["verdict"] == "pass" and _speaks_against(document):
+            return f"its verdict is `pass`, and {_speaks_against(document)}"
         summary = (document.get("parity") or {}).get("summary") or {}
     elif document["command"]["name"] != "parity":
         return None
@@ -120,6 +122,17 @@ def _mismatch(document: Mapping[str, Any]) -> str | None:
         if len(layer["passes"]) != wanted:
             return f"layer {at} has {len(layer['passes'])} passes, and there are {wanted}"
     return None
+
+
+def _speaks_against(document: Mapping[str, Any]) -> str:
+    """What a check that passed cannot have found; "" where there is nothing."""
+    if any(one["severity"] == "error" for one in document["findings"]):
+        return "it has errors"
+    for one in document.get("checks") or ():
+        if one["status"] == "fail" or (one["status"] == "skip" and one["required"]):
+            how = "failed" if one["status"] == "fail" else "is required and did not run"
+            return f"the check `{_one_line(one['name'])}` {how}"
+    return ""
 
 
 def _one_line(text: str) -> str:

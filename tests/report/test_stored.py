@@ -144,6 +144,33 @@ def test_passes_that_are_not_as_many_as_their_cells() -> None:
         parse_report(json.dumps(document).encode(), "x")
 
 
+@pytest.mark.parametrize(
+    ("status", "required", "severity", "told"),
+    [
+        ("pass", True, "error", "it has errors"),
+        ("fail", False, "info", "the check `keys` failed"),
+        ("skip", True, "info", "the check `keys` is required and did not run"),
+        ("skip", False, "warning", None),
+    ],
+)
+def test_a_check_that_passed_has_found_nothing_against_it(
+    status: str, required: bool, severity: str, told: str | None
+) -> None:
+    """A verdict that was edited is neither shown nor pushed by."""
+    row = {"name": "keys", "status": status, "required": required, "sentence": "so", "seconds": 0}
+    row |= {"num_errors": 0, "num_warnings": 0, "num_waived": 0}
+    finding = {"code": "FC201", "title": "t", "severity": severity, "detail": "d"}
+    finding |= {"key": None, "hint": None, "data": {}}
+    document = STORED["check"] | {"verdict": "pass", "exit_code": 0}
+    document |= {"checks": [row], "findings": [finding]}
+    if told is None:
+        assert parse_report(json.dumps(document).encode(), "report.json").verdict == "pass"
+        return
+    with pytest.raises(CkptError, match=f"its verdict is `pass`, and {told}") as caught:
+        parse_report(json.dumps(document).encode(), "report.json")
+    assert caught.value.code == "FC011"
+
+
 @given(data=st.data(), name=st.sampled_from(sorted(STORED)))
 def test_a_spoilt_report_is_refused_or_rendered(data: st.DataObject, name: str) -> None:
     """Whatever a stored report says, nothing but FC011 comes of it."""
