@@ -227,6 +227,10 @@ def check_manifest(subject: Subject, files: Sequence[FileFact]) -> Outcome:
     if not subject.is_folder:
         return skipped("manifest", "a single file has no manifest; check the folder")
     file = subject.by_path.get(SUMS_NAME)
+    if file is not None and not file.is_here:
+        return skipped(
+            "manifest", f"`{SUMS_NAME}` stayed on the hub; `--include` of pull brings it"
+        )
     if file is None or not file.is_regular:
         note = Finding(
             code="FC612",

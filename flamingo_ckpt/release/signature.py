@@ -114,6 +114,9 @@ def check_signature(subject: Subject, settings: Mapping[str, str]) -> Outcome:
     if not subject.is_folder:
         return skipped("signature", "a single file has no signature; check the folder")
     file = subject.by_path.get(SIGNATURE_NAME)
+    if file is not None and not file.is_here:
+        why = f"`{SIGNATURE_NAME}` stayed on the hub; `--include` of pull brings it"
+        return skipped("signature", why)
     if file is None or not file.is_regular:
         note = Finding(
             code="FC614",
