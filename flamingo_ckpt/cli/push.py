@@ -133,8 +133,10 @@ def _description(seen: dict[str, Any] | None) -> str:
         return NO_CHECK
     tool = seen["tool"]["version"]
     ran = [name for name, word in seen["summary"].get("checks", {}).items() if word != "skip"]
+    waived = int(seen["summary"].get("waived", 0))
+    let_pass = f" {waived} findings were waived by its policy." if waived else ""
     return (
-        f"Checked by flamingo-ckpt {tool}: {', '.join(ran)}. "
+        f"Checked by flamingo-ckpt {tool}: {', '.join(ran)}.{let_pass} "
         f"Uploaded by flamingo-ckpt {__version__}."
     )
 

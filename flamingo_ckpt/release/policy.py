@@ -288,7 +288,9 @@ def apply_policy(
                     until=waiver.until.isoformat(),
                 )
             )
-        kept.append(replace(outcome, findings=tuple(findings)))
+        count = sum(one.check == outcome.name for one in waived)
+        sentence = outcome.sentence + (f" ({count} waived)" if count else "")
+        kept.append(replace(outcome, sentence=sentence, findings=tuple(findings)))
     faults = [_expired(one) for one in policy.waivers if one.until < today]
     faults += [_idle(one) for one in current if id(one) not in used]
     faults = [replace(one, severity=policy.severity.get(one.code, one.severity)) for one in faults]

@@ -26,6 +26,8 @@ from flamingo_ckpt.transfer.pull import RECORD_NAME
 _HIDDEN_SENT: Final = (".gitattributes", ".gitignore")
 # Smaller files are held in memory between digest and upload, so that nothing can come in between.
 _IN_MEMORY_BYTES: Final = 10 << 20
+#: Checks without which nothing is sent: the weights can be read, and nothing in them runs.
+_ALWAYS: Final = ("container", "safety")
 NO_CHECK: Final = "No check was run (--no-check)."
 
 
@@ -236,6 +238,8 @@ def _require_pass(document: Mapping[str, Any], path: str) -> None:
         why = f"only `{escape(str(document.get('level')))}` were checked, not every byte"
     elif not isinstance(document.get("files"), list | tuple):
         why = "it lists no files"
+    elif idle := _not_run(document):
+        why = f"`{idle}` did not run, whatever its policy requires"
     if why:
         raise CkptError(
             f"this report is not one of a passing check: {why}",
@@ -243,6 +247,14 @@ def _require_pass(document: Mapping[str, Any], path: str) -> None:
             where=path,
             hint="run `flamingo-ckpt check` on the folder and mend what it finds",
         )
+
+
+def _not_run(document: Mapping[str, Any]) -> str:
+    """What no policy can make a push go without; "" where it ran."""
+    summary = document.get("summary")
+    checks = summary.get("checks") if isinstance(summary, Mapping) else None
+    checks = checks if isinstance(checks, Mapping) else {}
+    return next((one for one in _ALWAYS if checks.get(one) not in ("pass", "warn")), "")
 
 
 def no_report(folder: str) -> CkptError:

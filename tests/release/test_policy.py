@@ -51,6 +51,8 @@ def test_a_waiver_lets_its_finding_pass_and_is_told(release: Path) -> None:
     document = outcome.document
     assert document["summary"]["waived"] == 1
     assert document["summary"]["checks"]["card"] == "pass"
+    (row,) = [one for one in document["checks"] if one["name"] == "card"]
+    assert row["sentence"].endswith("(1 waived)")
     (told_waiver,) = document["waived"]
     assert told_waiver["code"] == "FC601"
     assert told_waiver["check"] == "card"

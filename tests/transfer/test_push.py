@@ -172,6 +172,21 @@ def test_without_a_check_the_commit_says_so(server: HubServer, release: Path) ->
     assert "unchecked" in outcome.out
 
 
+def passing(**checks: str) -> dict[str, Any]:
+    """The summary of a check that passed, by a policy that asks for little."""
+    statuses = {"container": "pass", "safety": "pass"} | checks
+    counts = {"errors": 0, "warnings": 0, "skipped": 1, "waived": 2}
+    return {"summary": counts | {"checks": statuses}}
+
+
+def test_the_commit_says_what_was_waived(server: HubServer, release: Path, report: Path) -> None:
+    server.push(REPO, OLD)
+    report.write_text(json.dumps(report_of(release, **passing())))
+    cli_ok("push", release, URI, "--report", report)
+    (message,) = server.repositories[REPO].messages.values()
+    assert "2 findings were waived by its policy" in message
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -181,6 +196,8 @@ def test_without_a_check_the_commit_says_so(server: HubServer, release: Path) ->
         ({"command": {"name": "inspect", "argv": []}}, "report"),
         ({"files": "all"}, "report"),
         ({"schema_version": "9.0"}, "9.0"),
+        (passing(container="skip"), "`container` did not run"),
+        (passing(safety="skip"), "`safety` did not run"),
     ],
 )
 def test_a_report_that_did_not_pass(
