@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flamingo_ckpt.release.behaviour import Source
     from flamingo_ckpt.release.result import CheckResult, Outcome
     from flamingo_ckpt.release.subject import Subject
+    from flamingo_ckpt.tensors import Manifest
 
 EPILOG = """\b
 Examples:
@@ -94,7 +95,7 @@ def check(*, out: Output, argv: tuple[str, ...], started: float, **chosen: Any) 
         argv=argv,
         verdict=result.verdict,
         exit_code=result.exit_code,
-        inputs=_inputs(subject, chosen["source"]),
+        inputs=_inputs(subject, chosen),
         summary=result.summary(),
         findings=(*result.findings, *notes),
         duration_seconds=time.monotonic() - started,
@@ -205,6 +206,14 @@ def _folder_or_file(uri: str) -> str:
     return os.path.realpath(os.path.dirname(uri) or "." if uri.endswith(".index.json") else uri)
 
 
+def _open_source(chosen: dict[str, Any]) -> Manifest:
+    from flamingo_ckpt.formats import open_checkpoint
+
+    return open_checkpoint(
+        chosen["source"], wrapper_key=chosen["wrapper_key"], npy_bfloat16=chosen["npy_bfloat16"]
+    )
+
+
 def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
     if chosen["source"] is None:
         return None
@@ -217,14 +226,9 @@ def _source(subject: Subject, chosen: dict[str, Any]) -> Source | None:
     from flamingo_ckpt.release.behaviour import Source
 
     def make_plan() -> Plan:
-        from flamingo_ckpt.formats import open_checkpoint
         from flamingo_ckpt.inspection import find_layout, other_layout
 
-        manifest = open_checkpoint(
-            chosen["source"],
-            wrapper_key=chosen["wrapper_key"],
-            npy_bfloat16=chosen["npy_bfloat16"],
-        )
+        manifest = _open_source(chosen)
         assert subject.manifest is not None
         to = other_layout(manifest, find_layout(subject.manifest))
         mapped = chosen if to or chosen["to"] else {**chosen, **_ONLY_MAPPED}
@@ -253,14 +257,9 @@ def _recorder(
     """What writes the record once bits and behaviour are judged, and before the card is read."""
 
     def write(made: list[Outcome]) -> Subject:
-        from flamingo_ckpt.formats import open_checkpoint
         from flamingo_ckpt.release.record import record_of, write_record
 
-        source = open_checkpoint(
-            chosen["source"],
-            wrapper_key=chosen["wrapper_key"],
-            npy_bfloat16=chosen["npy_bfloat16"],
-        )
+        source = _open_source(chosen)
         record = record_of(made, source)
         if record is None or not subject.is_folder:
             notes.append(
@@ -279,7 +278,7 @@ def _recorder(
     return write
 
 
-def _inputs(subject: Subject, source: str | None) -> tuple[dict[str, Any], ...]:
+def _inputs(subject: Subject, chosen: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The release, whatever is wrong with it (findings name files in it), then its source."""
     if subject.manifest is not None:
         found = [describe_release(subject.manifest)]
@@ -287,11 +286,9 @@ def _inputs(subject: Subject, source: str | None) -> tuple[dict[str, Any], ...]:
         unknown = dict.fromkeys(("format", "layout", "prefix", "wrapper"))
         num_bytes = sum(one.num_bytes for one in subject.files)
         found = [{"uri": subject.uri, **unknown, "num_tensors": 0, "num_bytes": num_bytes}]
-    if source is not None:
-        from flamingo_ckpt.formats import open_checkpoint
-
+    if chosen["source"] is not None:
         try:
-            found.append(describe_release(open_checkpoint(source)))
+            found.append(describe_release(_open_source(chosen)))
         except CkptError:
             pass  # told by the check of bits
     return tuple(found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.release.faults import FAULTS, NOTES, put, told
 from tests.release.releases import (
@@ -34,6 +35,20 @@ def test_a_faithful_release_passes_every_check(clean: Path, source: Path) -> Non
     assert {one["gates"] for one in document["parity"]["summary"]["passes"]} == {"as-is", "forced"}
     assert document["source"] == str(source)
     assert len(document["inputs"]) == 2
+
+
+def test_a_source_under_a_key_is_told_too(clean: Path, tmp_path: Path) -> None:
+    """Opened without its key it is ambiguous, and was left out of the inputs in silence."""
+    weights = {name: torch.from_numpy(one.copy()) for name, one in read_weights(clean)[0].items()}
+    path = tmp_path / "two.pt"
+    torch.save({"model": weights, "ema": weights}, path)
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[policy]\nrequired = ["bits"]\n')
+    options = ("--wrapper-key", "ema", "--policy", policy, "--json")
+    document = cli("check", clean, "--source", path, *options).document
+    assert document["summary"]["checks"]["bits"] == "pass"
+    assert [one["uri"] for one in document["inputs"]][1:] == [str(path)]
+    assert document["inputs"][1]["wrapper"] == "ema"
 
 
 def test_one_bit_differs(release: Path, source: Path) -> None:
